@@ -1,0 +1,49 @@
+// The CPU row kernels: one set per instruction set, all in one binary, the best one that this machine runs chosen at
+// run time. rows_body.h holds the one body; rows_avx512.cpp, rows_avx2.cpp and rows_portable.cpp compile it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace neft {
+
+// Whose noise a row gets, and how much.
+struct RowNoise {
+  int64_t seed;
+  int64_t token;
+  uint32_t stream;
+  float magnitude;
+};
+
+// out[begin:end] = in[begin:end] + noise, columns counted from the start of the row. `in` may equal `out`. `begin` must be
+// a multiple of kColumnAlignment.
+using AddNoiseToRow = void (*)(const void* in, void* out, int64_t begin, int64_t end, const RowNoise& noise);
+
+constexpr int64_t kColumnAlignment = 128;  // the columns of one batch of the widest kernel: 16 lanes x 8 columns
+
+struct RowKernels {
+  const char* name;
+  AddNoiseToRow fp32, fp64, fp16, bf16;
+};
+
+namespace portable {
+extern const RowKernels kRowKernels;
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define NEFT_X86_KERNELS 1
+namespace avx2 {
+extern const RowKernels kRowKernels;
+}
+namespace avx512 {
+extern const RowKernels kRowKernels;
+}
+#endif
+
+// The kernels in use.
+const RowKernels& row_kernels();
+
+// Uses no instruction set above `name` ("avx512", "avx2", "portable"); false if there is no such name. What the machine
+// lacks is never used, whatever the name.
+bool cap_row_kernels(const std::string& name);
+
+}  // namespace neft

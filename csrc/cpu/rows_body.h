@@ -1,0 +1,103 @@
+// The one body of the CPU row kernels. A translation unit per instruction set defines NEFT_NAMESPACE and NEFT_LANES and
+// includes this file, and nothing before it that defines functions: they would be compiled for that instruction set, and
+// the linker could pick that copy for everyone.
+//
+// A batch is kLanes Philox blocks, one per lane: 4 vectors of words in, and after the transpose 4 vectors of words in
+// column order, each lane one column of a 32-bit type or two columns of a 16-bit one.
+#pragma once
+
+#include "rows.h"
+#include "simd.h"  // before noise.h, whose templates call these functions on vectors
+#include "../noise.h"
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "two 16-bit columns share a word, the even one in its low half");
+
+namespace neft {
+namespace NEFT_NAMESPACE {
+
+struct Fp32 {
+  static constexpr int kSize = 4, kColumns = kLanes;  // bytes of an element; columns that one vector of words feeds
+  NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
+    store(out, add_scaled(load<Floats>(in), magnitude, uniform_from_word(words)));
+  }
+};
+
+struct Fp64 {
+  static constexpr int kSize = 8, kColumns = kLanes;
+  NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
+    const Floats u = uniform_from_word(words);
+    double row[kLanes];
+    std::memcpy(row, in, sizeof row);
+    for (int lane = 0; lane < kLanes; ++lane)
+      row[lane] = add_scaled<double>(row[lane], magnitude[lane], u[lane]);
+    std::memcpy(out, row, sizeof row);
+  }
+};
+
+struct Fp16 {
+  static constexpr int kSize = 2, kColumns = 2 * kLanes;
+  NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
+    HalfWords halves[2];  // columns [0, kLanes) and [kLanes, 2 kLanes)
+    std::memcpy(halves, &words, sizeof words);
+    for (int k = 0; k < 2; ++k) {
+      const Floats w = from_fp16(load<HalfWords>(in + k * sizeof(HalfWords)));
+      store(out + k * sizeof(HalfWords), to_fp16(add_scaled(w, magnitude, uniform_from_half(widen(halves[k])))));
+    }
+  }
+};
+
+// The high half of a float is the bf16 it truncates to, so even and odd columns are shifted and masked into place.
+struct Bf16 {
+  static constexpr int kSize = 2, kColumns = 2 * kLanes;
+  NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
+    const Words w = load<Words>(in);
+    const Floats even = add_scaled(bit_cast<Floats>(w << 16), magnitude, uniform_from_half(words & 0xFFFF));
+    const Floats odd = add_scaled(bit_cast<Floats>(w & 0xFFFF0000), magnitude, uniform_from_half(words >> 16));
+    store(out, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xFFFF0000));
+  }
+  // Round to nearest even in the upper half of each lane; the lower half is left over.
+  NEFT_FUNCTION static Words round_to_bf16(Floats floats) {
+    const Words bits = bit_cast<Words>(floats);
+    const Words rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+    const Words quiet_nan = bits | 0x400000;
+    return floats == floats ? rounded : quiet_nan;
+  }
+};
+
+template <class Element>
+void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t end, const RowNoise& noise) {
+  constexpr int kBatchColumns = 4 * Element::kColumns, kVectorBytes = Element::kSize * Element::kColumns;
+  static_assert(kColumnAlignment % kBatchColumns == 0);
+  const auto* in = static_cast<const char*>(in_row);
+  auto* out = static_cast<char*>(out_row);
+  const Key key = make_key(noise.seed);
+  const Floats magnitude = Floats{} + noise.magnitude;
+  const Words lane_blocks = block_of_lane();
+
+  const auto add_batch = [&](const char* from, char* to, int64_t column) __attribute__((always_inline)) {
+    Words words[4];
+    const auto first_block = static_cast<uint32_t>(column / columns_per_block(Element::kSize));
+    set_counter(words, lane_blocks + first_block, noise.token, noise.stream);
+    philox4x32(words, key);
+    transpose(words);
+    for (int k = 0; k < 4; ++k) Element::add(from + k * kVectorBytes, to + k * kVectorBytes, magnitude, words[k]);
+  };
+
+  int64_t column = begin;
+  for (; column + kBatchColumns <= end; column += kBatchColumns)
+    add_batch(in + column * Element::kSize, out + column * Element::kSize, column);
+
+  if (column < end) {  // the last, partial batch goes through a buffer of a whole one
+    char buffer[4 * kVectorBytes] = {};
+    const size_t bytes = (end - column) * Element::kSize;
+    std::memcpy(buffer, in + column * Element::kSize, bytes);
+    add_batch(buffer, buffer, column);
+    std::memcpy(out + column * Element::kSize, buffer, bytes);
+  }
+}
+
+const RowKernels kRowKernels = {NEFT_NAME, add_noise_to_row<Fp32>, add_noise_to_row<Fp64>, add_noise_to_row<Fp16>,
+                                add_noise_to_row<Bf16>};
+
+}  // namespace NEFT_NAMESPACE
+}  // namespace neft

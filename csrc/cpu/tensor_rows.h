@@ -1,0 +1,155 @@
+// A tensor as rows of its last dimension, and the loop that gives every row its noise.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+
+#include "rows.h"
+
+namespace neft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Where the elements of a strided tensor lie, by flat index over its first `dims` dimensions. Dimensions that lie evenly
+// are merged, so that a contiguous tensor costs one multiplication.
+class Offsets {
+ public:
+  Offsets(const Tensor& tensor, int64_t dims) {
+    for (int64_t dim = 0; dim < dims; ++dim) {
+      const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
+      if (size == 1) continue;
+      if (count_ > 0 && strides_[count_ - 1] == size * stride) {
+        sizes_[count_ - 1] *= size;
+        strides_[count_ - 1] = stride;
+        continue;
+      }
+      STD_TORCH_CHECK(count_ < kMaxDims, "more than ", kMaxDims, " dimensions that do not lie evenly in memory");
+      sizes_[count_] = size;
+      strides_[count_++] = stride;
+    }
+  }
+
+  int64_t operator()(int64_t index) const {
+    if (count_ == 0) return 0;
+    int64_t offset = 0;
+    for (int dim = count_ - 1; dim > 0; --dim) {
+      offset += index % sizes_[dim] * strides_[dim];
+      index /= sizes_[dim];
+    }
+    return offset + index * strides_[0];
+  }
+
+ private:
+  static constexpr int kMaxDims = 16;
+  int count_ = 0;
+  int64_t sizes_[kMaxDims], strides_[kMaxDims];
+};
+
+// The arguments that say which noise, read from their tensors. Throws std::invalid_argument, a ValueError in Python, for a
+// magnitude that is negative, infinite or NaN.
+class Noise {
+ public:
+  Noise(const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
+        int64_t first_token, int64_t num_tokens)
+      : first_token_(first_token), stream_(static_cast<uint32_t>(stream)), magnitude_(static_cast<float>(magnitude)) {
+    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
+    seed_ = *static_cast<const int64_t*>(seed.const_data_ptr());
+    if (token_magnitude) {
+      STD_TORCH_CHECK(token_magnitude->scalar_type() == ScalarType::Float && token_magnitude->numel() == num_tokens,
+                      "token_magnitude must be fp32, one element per token");
+      token_magnitudes_ = static_cast<const float*>(token_magnitude->const_data_ptr());
+      offsets_.emplace(*token_magnitude, token_magnitude->dim());
+    }
+    for (int64_t token = 0; token < (token_magnitudes_ ? num_tokens : 1); ++token) {
+      const float m = magnitude_of(token);
+      if (!(m >= 0) || std::isinf(m))
+        throw std::invalid_argument("magnitude must be finite and >= 0, but is " + std::to_string(m) + " at token " +
+                                    std::to_string(token));
+    }
+  }
+
+  RowNoise of(int64_t token) const {
+    const auto number = static_cast<int64_t>(static_cast<uint64_t>(first_token_) + static_cast<uint64_t>(token));
+    return {seed_, number, stream_, magnitude_of(token)};
+  }
+
+ private:
+  float magnitude_of(int64_t token) const {
+    return token_magnitudes_ ? token_magnitudes_[(*offsets_)(token)] : magnitude_;
+  }
+
+  int64_t seed_, first_token_;
+  uint32_t stream_;
+  float magnitude_;
+  const float* token_magnitudes_ = nullptr;
+  std::optional<Offsets> offsets_;
+};
+
+struct ElementKernel {
+  int64_t size;  // bytes
+  AddNoiseToRow add_noise;
+};
+
+inline ElementKernel element_kernel(ScalarType dtype) {
+  const RowKernels& kernels = row_kernels();
+  switch (dtype) {
+    case ScalarType::Float: return {4, kernels.fp32};
+    case ScalarType::Double: return {8, kernels.fp64};
+    case ScalarType::Half: return {2, kernels.fp16};
+    case ScalarType::BFloat16: return {2, kernels.bf16};
+    default: throw std::invalid_argument("the element type must be fp32, fp64, fp16 or bf16");
+  }
+}
+
+inline void copy_strided(const char* in, char* out, int64_t count, int64_t stride, int64_t size) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * size, in + i * stride * size, size);
+}
+
+// out[token] = source(token) + noise, for every token. `source` maps a token to the offset of its row in `data`, in
+// elements; the columns of a row lie `column_stride` elements apart. `out` is contiguous.
+template <class Source>
+void add_noise_to_rows(const Tensor& data, const Source& source, int64_t column_stride, Tensor& out, int64_t num_tokens,
+                       int64_t num_columns, const Noise& noise) {
+  if (num_tokens == 0 || num_columns == 0) return;
+  const ElementKernel kernel = element_kernel(out.scalar_type());
+  const auto* in_data = static_cast<const char*>(data.const_data_ptr());
+  auto* out_data = static_cast<char*>(out.mutable_data_ptr());
+
+  // The unit of work is a piece of a row, so that many short rows and one long one both fill all threads. A thread is not
+  // woken for less than about 10 microseconds of work.
+  constexpr int64_t kPieceColumns = 16 * kColumnAlignment, kColumnsPerThread = 8 * kPieceColumns;
+  const int64_t pieces = (num_columns + kPieceColumns - 1) / kPieceColumns;
+  const int64_t grain = std::max<int64_t>(1, kColumnsPerThread / std::min(num_columns, kPieceColumns));
+
+  torch::stable::parallel_for(0, num_tokens * pieces, grain, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last;) {
+      const int64_t token = unit / pieces, piece = unit % pieces;
+      const int64_t units_of_row = std::min(last - unit, pieces - piece);
+      const int64_t begin = piece * kPieceColumns, end = std::min(num_columns, begin + units_of_row * kPieceColumns);
+      unit += units_of_row;
+
+      const RowNoise row_noise = noise.of(token);
+      const char* in = in_data + source(token) * kernel.size;
+      char* row = out_data + token * num_columns * kernel.size;
+      if (column_stride != 1) {
+        copy_strided(in + begin * column_stride * kernel.size, row + begin * kernel.size, end - begin, column_stride,
+                     kernel.size);
+        in = row;
+      } else if (row_noise.magnitude == 0) {
+        std::memcpy(row + begin * kernel.size, in + begin * kernel.size, (end - begin) * kernel.size);
+      }
+      if (row_noise.magnitude != 0) kernel.add_noise(in, row, begin, end, row_noise);
+    }
+  });
+}
+
+}  // namespace neft

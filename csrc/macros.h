@@ -1,0 +1,13 @@
+#pragma once
+
+// A function that is part of its caller, on the host and on the device.
+#if defined(__CUDACC__)
+#define NEFT_FUNCTION __host__ __device__ __forceinline__
+#else
+#define NEFT_FUNCTION inline __attribute__((always_inline))
+#endif
+
+// Each instruction set of the CPU compiles its own copy of the noise, in a namespace of its own; see csrc/cpu/rows.h.
+#ifndef NEFT_NAMESPACE
+#define NEFT_NAMESPACE scalar
+#endif

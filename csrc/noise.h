@@ -1,0 +1,97 @@
+// The noise contract, version 1: the only noise arithmetic in C++. Compiled for the host, for CUDA devices, and, because
+// the generator is a template over what a "word" is, for vectors of words. The contract in prose: neft_kernels/reference.py.
+//
+// The translation unit must be compiled without floating-point contraction: the product and the sum round separately.
+#pragma once
+
+#include <cstdint>
+
+#include "macros.h"
+
+namespace neft {
+namespace NEFT_NAMESPACE {
+
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53;  // Salmon et al. 2011, table 2
+constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9;  // golden ratio
+constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85;  // sqrt(3) - 1
+
+struct Key {
+  uint32_t lo, hi;
+};
+
+NEFT_FUNCTION Key make_key(int64_t seed) {
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
+}
+
+// The 64-bit product of two words, as its two halves.
+NEFT_FUNCTION void multiply_wide(uint32_t a, uint32_t b, uint32_t& hi, uint32_t& lo) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  hi = static_cast<uint32_t>(product >> 32);
+  lo = static_cast<uint32_t>(product);
+}
+
+// Philox4x32-10 in place: counter words in, random words out. Word is uint32_t or a vector of them.
+template <class Word>
+NEFT_FUNCTION void philox4x32(Word (&c)[4], Key key) {
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    Word hi0, lo0, hi1, lo1;
+    multiply_wide(kPhiloxMultiplier0, c[0], hi0, lo0);
+    multiply_wide(kPhiloxMultiplier1, c[2], hi1, lo1);
+    c[0] = hi1 ^ c[1] ^ key.lo;
+    c[1] = lo1;
+    c[2] = hi0 ^ c[3] ^ key.hi;
+    c[3] = lo0;
+    key.lo += kPhiloxWeyl0;
+    key.hi += kPhiloxWeyl1;
+  }
+}
+
+// The counter of one block of columns.
+template <class Word>
+NEFT_FUNCTION void set_counter(Word (&c)[4], Word block, int64_t token, uint32_t stream) {
+  c[0] = block;
+  c[1] = Word{} + static_cast<uint32_t>(token);
+  c[2] = Word{} + static_cast<uint32_t>(static_cast<uint64_t>(token) >> 32);
+  c[3] = Word{} + stream;
+}
+
+// Conversions between the scalar types; csrc/cpu/simd.h has them, and multiply_wide, for vectors.
+NEFT_FUNCTION int32_t as_signed(uint32_t word) { return static_cast<int32_t>(word); }
+NEFT_FUNCTION float to_float(int32_t value) { return static_cast<float>(value); }
+
+// Word to uniform, for 32- and 64-bit element types: 23 random bits and a sign, open at both ends, never zero.
+template <class Word>
+NEFT_FUNCTION auto uniform_from_word(Word word) {
+  return to_float((as_signed(word) >> 8) | 1) * 0x1p-23f;
+}
+
+// Half-word to uniform, for 16-bit element types. `half` is in [0, 65535].
+template <class Word>
+NEFT_FUNCTION auto uniform_from_half(Word half) {
+  return to_float(as_signed(2 * half + 1) - 65536) * 0x1p-16f;
+}
+
+// Columns that one Philox call feeds.
+constexpr int columns_per_block(int element_size) { return element_size == 2 ? 8 : 4; }
+
+// w + m * u, rounded twice. Device code is immune to -fmad; host code relies on -ffp-contract=off.
+template <class Value>
+NEFT_FUNCTION Value add_scaled(Value w, Value m, Value u) {
+  return w + m * u;
+}
+#if defined(__CUDA_ARCH__)
+template <>
+NEFT_FUNCTION float add_scaled(float w, float m, float u) {
+  return __fadd_rn(w, __fmul_rn(m, u));
+}
+template <>
+NEFT_FUNCTION double add_scaled(double w, double m, double u) {
+  return __dadd_rn(w, __dmul_rn(m, u));
+}
+#endif
+
+}  // namespace NEFT_NAMESPACE
+}  // namespace neft
