@@ -10,13 +10,8 @@ from neft_kernels import ops
 __all__ = ["NoisyEmbedding", "add_noise", "noisy_embedding"]
 
 
-class NoisyEmbedding(torch.autograd.Function):
-    """Embedding look-up plus noise in one kernel; the gradient is that of the plain embedding.
-
-    ``NoisyEmbedding.apply(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, padding_idx,
-    scale_grad_by_freq, sparse, backend)``, all positional and already checked; :func:`noisy_embedding` is the door to it.
-    The noise does not depend on the weight, so it has no part in the gradient.
-    """
+class _NoisyEmbedding(torch.autograd.Function):
+    """:class:`NoisyEmbedding` without forward-mode differentiation, of which torch.compile allows no definition."""
 
     generate_vmap_rule = True
 
@@ -51,13 +46,22 @@ class NoisyEmbedding(torch.autograd.Function):
         grad_weight = torch.ops.aten.embedding_backward(grad, input_ids, ctx.num_embeddings, *ctx.options)
         return None, grad_weight, *(None,) * 9
 
+
+class NoisyEmbedding(_NoisyEmbedding):
+    """Embedding look-up plus noise in one kernel; the gradient is that of the plain embedding.
+
+    ``NoisyEmbedding.apply(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, padding_idx,
+    scale_grad_by_freq, sparse, backend)``, all positional and already checked; :func:`noisy_embedding` is the door to it.
+    The noise does not depend on the weight, so it has no part in the gradient.
+    """
+
     @staticmethod
     def jvp(ctx: Any, input_ids: None, weight: Tensor, *_: None) -> Tensor:  # type: ignore[override]
         return torch.nn.functional.embedding(ctx.saved_tensors[0], weight)
 
 
 class _AddNoise(torch.autograd.Function):
-    """Noise on given embeddings; the gradient passes through unchanged."""
+    """:class:`AddNoise` without forward-mode differentiation."""
 
     generate_vmap_rule = True
 
@@ -81,6 +85,10 @@ class _AddNoise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         return grad, *(None,) * 6
 
+
+class AddNoise(_AddNoise):
+    """Noise on given embeddings; the gradient passes through unchanged. :func:`add_noise` is the door to it."""
+
     @staticmethod
     def jvp(ctx: Any, embeds: Tensor, *_: None) -> Tensor:  # type: ignore[override]
         return embeds.clone()
@@ -90,9 +98,9 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     """``function.apply``, four times quicker where it can be.
 
     For the sake of torch.func, ``Function.apply`` inspects the signature of ``forward`` at each call. Where no such
-    transform is active and nothing is being traced, the class above it, which does the work, is enough.
+    transform is active, the class above it, which does the work, is enough.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 
@@ -145,9 +153,10 @@ def noisy_embedding(
     seed = ops.check_seed(seed, device)
 
     args = (input_ids, weight, seed, token_magnitude, number, stream, first_token)
-    if torch.is_grad_enabled() and weight.requires_grad or torch._C._are_functorch_transforms_active():
-        return _apply(NoisyEmbedding, *args, padding_idx, scale_grad_by_freq, sparse, backend)
-    return ops.OVERLOADS["noisy_embedding"][backend](*args)
+    options = (padding_idx, scale_grad_by_freq, sparse, backend)
+    if torch.compiler.is_compiling():
+        return _NoisyEmbedding.apply(*args, *options)
+    return _apply(NoisyEmbedding, *args, *options)
 
 
 def add_noise(
@@ -179,10 +188,8 @@ def add_noise(
     backend = ops.choose_backend(device.type, backend)
     seed = ops.check_seed(seed, device)
 
-    args = (embeds, seed, token_magnitude, number, stream, first_token)
-    if torch.is_grad_enabled() and embeds.requires_grad or torch._C._are_functorch_transforms_active():
-        return _apply(_AddNoise, *args, backend)
-    return ops.OVERLOADS["add_noise"][backend](*args)
+    args = (embeds, seed, token_magnitude, number, stream, first_token, backend)
+    return _AddNoise.apply(*args) if torch.compiler.is_compiling() else _apply(AddNoise, *args)
 
 
 def _check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:

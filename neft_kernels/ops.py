@@ -5,7 +5,6 @@ functions: given the seed tensor they draw nothing. An overload is called direct
 compiled graph names the backend that it was traced with.
 """
 
-import functools
 import importlib.util
 import logging
 import math
@@ -36,6 +35,7 @@ _SCHEMAS = {
 _CHECK_IDS = os.environ.get("NEFT_KERNELS_CHECK_IDS", "0") == "1"
 _PREFERRED_BACKEND = os.environ.get("NEFT_KERNELS_BACKEND") or None
 _INSTRUCTION_SET = os.environ.get("NEFT_KERNELS_INSTRUCTION_SET") or None
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRET_TRITON = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's own switch
 
 
@@ -121,14 +121,14 @@ def _state(backend: str) -> tuple[tuple[str, ...], str]:
     """The device types that `backend` runs on here, and how it runs or why it does not."""
     accelerators = ("cuda",) if torch.cuda.is_available() else ()
     if backend == "reference":
-        return ("cpu", *accelerators), "plain torch; slow"
+        return ("cpu", "mps", "xpu", *accelerators), "plain torch; slow"
     if backend == "cpu":
         return (("cpu",), _cpu_extension.instruction_set()) if _cpu_extension else ((), str(_cpu_error))
     if backend == "cuda":
         if _cuda_extension is None:
             return (), str(_cuda_error)
         return accelerators, "CUDA C++" if accelerators else "no GPU"
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return (), "triton is not installed"
     if _INTERPRET_TRITON:
         return ("cpu", *accelerators), "interpreted, because TRITON_INTERPRET=1; very slow"
@@ -136,12 +136,10 @@ def _state(backend: str) -> tuple[tuple[str, ...], str]:
 
 
 def _automatic(device_type: str) -> str:
-    if device_type == "cpu":
-        return "cpu" if _cpu_extension else "reference"
-    runs = [name for name in BACKENDS if device_type in _state(name)[0]]
-    if _INTERPRET_TRITON and "triton" in runs:
-        runs.remove("triton")
-    return runs[0] if runs else "reference"
+    for name in BACKENDS:
+        if device_type in _state(name)[0] and not (name == "triton" and _INTERPRET_TRITON):
+            return name
+    return "reference"
 
 
 def available_backends() -> list[Backend]:
@@ -149,30 +147,12 @@ def available_backends() -> list[Backend]:
     found = []
     for name in BACKENDS:
         devices, detail = _state(name)
-        chosen_for = tuple(device for device in devices if _choose(device, None) == name)
+        chosen_for = tuple(device for device in devices if choose_backend(device) == name)
         found.append(Backend(name, devices, chosen_for, detail))
     return found
 
 
-@functools.cache
-def _choose(device_type: str, backend: str | None) -> str:
-    backend = backend or _PREFERRED_BACKEND
-    if backend is None:
-        backend = _automatic(device_type)
-        logger.info("backend %r for %s tensors: %s", backend, device_type, _state(backend)[1])
-        return backend
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
-    devices, detail = _state(backend)
-    if device_type not in devices and device_type != "meta":
-        where = f"runs on {', '.join(devices)} tensors, not on {device_type} ones" if devices else "cannot run here"
-        raise RuntimeError(f"backend={backend!r} {where} ({detail})")
-    return backend
-
-
-@torch.compiler.assume_constant_result
-def _choose_for_compiler(device_type: str, backend: str | None) -> str:
-    return _choose(device_type, backend)
+_chosen: dict[tuple[str, str | None], str] = {}
 
 
 def choose_backend(device_type: str, backend: str | None = None) -> str:
@@ -182,9 +162,23 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
         ValueError: there is no backend of that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    if torch.compiler.is_compiling():
-        return _choose_for_compiler(device_type, backend)
-    return _choose(device_type, backend)
+    choice = _chosen.get((device_type, backend))
+    return choice if choice is not None else _choose(device_type, backend)
+
+
+def _choose(device_type: str, asked_for: str | None) -> str:
+    backend = asked_for or _PREFERRED_BACKEND or _automatic(device_type)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
+    devices, detail = _state(backend)
+    if device_type not in devices and device_type != "meta":
+        where = f"runs on {', '.join(devices)} tensors, not on {device_type} ones" if devices else "cannot run here"
+        raise RuntimeError(f"backend={backend!r} {where} ({detail})")
+    if not torch.compiler.is_compiling():  # what follows cannot be traced
+        if asked_for is None:
+            logger.info("backend %r for %s tensors: %s", backend, device_type, detail)
+        _chosen[device_type, asked_for] = backend
+    return backend
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -193,7 +187,7 @@ _ID_DTYPES = frozenset((torch.int64, torch.int32))
 _OTHER_ID_DTYPES = frozenset(
     (torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)  # converted to int64
 )
-_FLOAT_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+FLOAT_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
 def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
@@ -213,7 +207,7 @@ def check_values(values: Tensor, name: str, ndim: int | None) -> None:
     """`values` is a floating-point tensor that noise can be added to; `ndim` None allows any but 0."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(values).__name__}")
-    if values.dtype not in _FLOAT_DTYPES:
+    if values.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, not {values.dtype}")
     if ndim is None and values.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, [..., embedding_dim]")

@@ -200,7 +200,7 @@ def noisy_embedding(
     """See :func:`neft_kernels.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
     out = torch.empty(*input_ids.shape, weight.shape[1], dtype=weight.dtype, device=weight.device)
     if out.numel():
-        ids = input_ids.reshape(-1)
+        ids = input_ids.reshape(-1).contiguous()
         tensors = (out, ids, weight, seed, _flat(token_magnitude))
         scalars = (magnitude, stream, first_token)
         _launch(noisy_embedding_kernel, tensors, scalars, (weight.shape[0],), ids.numel(), weight)
@@ -220,4 +220,4 @@ def add_noise(
 
 
 def _flat(token_magnitude: Tensor | None) -> Tensor | None:
-    return None if token_magnitude is None else token_magnitude.reshape(-1)
+    return None if token_magnitude is None else token_magnitude.reshape(-1).contiguous()

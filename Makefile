@@ -1,0 +1,41 @@
+# Every target does its own set-up: a virtual environment in $(VENV) with the versions of constraints.txt and the extension
+# built in place.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*.h csrc/*/*)
+
+.PHONY: demo test install bench lint check-gpu clean
+
+demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
+	$(BIN)/python examples/instruction_tuning.py
+
+test: $(INSTALLED)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+install: $(INSTALLED)  ## everything that the other targets need
+
+bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check-gpu: $(INSTALLED)  ## compile every GPU kernel for every target, and look at the machine code
+	$(BIN)/python tools/check_gpu.py
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	NEFT_KERNELS_BUILD=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable ".[test,lint]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf build dist *.egg-info neft_kernels/*.so demo_output
+	rm -f $(INSTALLED)

@@ -1,0 +1,129 @@
+"""How much noise each token gets: ``alpha / sqrt(L * d)`` (Jain et al. 2023, arXiv 2310.05914), for the right ``L``."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["SCALES", "check_alpha", "noise_magnitude"]
+
+SCALES = ("sequence", "batch")
+
+
+def noise_magnitude(
+    input_ids: Tensor,
+    embedding_dim: int,
+    alpha: float,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+    scale_by: str = "sequence",
+) -> float | Tensor:
+    """NEFTune's noise magnitude, ``alpha / sqrt(L * embedding_dim)``, for every token.
+
+    Args:
+        input_ids: ``[L]`` or ``[..., L]``; only its shape and device count. A 0-D id is no sequence and gets no noise.
+        embedding_dim: ``d``, the width of the embedding.
+        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper.
+        attention_mask: shape of `input_ids`; 0 where a token is padding. Values above 1 number the sequences that are
+            packed into a row, as some packing collators have it.
+        position_ids: ``[..., L]``, broadcastable to `input_ids`; a new sequence begins wherever the position does not
+            follow on the one before it.
+        cu_seq_lens: ``[N + 1]``, the cumulative lengths of the sequences that are packed into the only row of
+            `input_ids`, beginning with 0. Tokens after the last one are padding.
+        scale_by: "sequence": ``L`` is the true length of the token's own sequence, and padding gets no noise, as in the
+            paper's training code. "batch": ``L`` is ``input_ids.shape[-1]``, noise everywhere, as in the Hugging Face hook;
+            the masks are ignored.
+
+    Returns:
+        A number where one holds for all tokens, else float32 of the shape of `input_ids`. Both are computed in float64,
+        so a mask of ones gives exactly what no mask gives. Nothing is read back from the device.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, shape or value; the message names it.
+    """
+    check_alpha(alpha)
+    check_scale_by(scale_by)
+    if input_ids.ndim == 0 or input_ids.numel() == 0:
+        return 0.0
+    if embedding_dim < 1:
+        raise ValueError(f"embedding_dim must be at least 1, not {embedding_dim}")
+    if scale_by == "batch" or (attention_mask is None and position_ids is None and cu_seq_lens is None):
+        return _magnitude(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
+
+    # Every token's sequence, by number within its row, and whether it belongs to one at all.
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, not {list(attention_mask.shape)}"
+        )
+    if cu_seq_lens is not None:
+        sequence = _sequences_from_cu_seq_lens(cu_seq_lens, input_ids)
+        present = sequence < cu_seq_lens.numel() - 1
+    elif position_ids is not None:
+        sequence = _sequences_from_position_ids(position_ids, input_ids)
+        present = torch.ones_like(sequence, dtype=torch.bool)
+    else:
+        assert attention_mask is not None
+        length = input_ids.shape[-1]
+        sequence = attention_mask.to(torch.int64).clamp(0, length)
+        present = sequence > 0
+    if attention_mask is not None:
+        present = present & (attention_mask != 0)
+
+    tokens_of_sequence = torch.zeros(*input_ids.shape[:-1], input_ids.shape[-1] + 1, dtype=torch.int64).to(
+        input_ids.device
+    )
+    tokens_of_sequence = tokens_of_sequence.scatter_add(-1, sequence, present.to(torch.int64))
+    length_of_token = tokens_of_sequence.gather(-1, sequence)
+    magnitude = alpha / torch.sqrt(length_of_token.clamp(min=1).to(_wide(input_ids.device)) * embedding_dim)
+    return torch.where(present, magnitude, 0).to(torch.float32)
+
+
+def check_alpha(alpha: float) -> None:
+    """`alpha` is a finite number >= 0."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha must be a number, not {type(alpha).__name__}")
+    if not 0 <= alpha < math.inf:  # also false for NaN
+        raise ValueError(f"alpha must be finite and >= 0, not {alpha}")
+
+
+def check_scale_by(scale_by: str) -> None:
+    """`scale_by` is one of :data:`SCALES`."""
+    if scale_by not in SCALES:
+        raise ValueError(f"scale_by must be one of {', '.join(SCALES)}, not {scale_by!r}")
+
+
+def _magnitude(alpha: float, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:
+    if not torch.compiler.is_compiling():
+        return alpha / math.sqrt(length * embedding_dim)
+    # As a number it would be a constant of the compiled graph, which would be compiled again for each new length.
+    length_tensor = torch.full((), length * embedding_dim, dtype=_wide(device), device=device)
+    return (alpha / length_tensor.sqrt()).to(torch.float32)
+
+
+def _sequences_from_position_ids(position_ids: Tensor, input_ids: Tensor) -> Tensor:
+    if position_ids.ndim > input_ids.ndim or position_ids.shape[-1:] != input_ids.shape[-1:]:
+        raise ValueError(
+            f"position_ids must broadcast to input_ids, {list(input_ids.shape)}, but has shape {list(position_ids.shape)}"
+        )
+    positions = position_ids.expand(input_ids.shape)
+    begins = positions[..., 1:] != positions[..., :-1] + 1
+    return torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
+
+
+def _sequences_from_cu_seq_lens(cu_seq_lens: Tensor, input_ids: Tensor) -> Tensor:
+    if cu_seq_lens.ndim != 1 or cu_seq_lens.numel() < 2:
+        raise ValueError(f"cu_seq_lens must have shape [N + 1], not {list(cu_seq_lens.shape)}")
+    if input_ids.numel() != input_ids.shape[-1]:
+        raise ValueError(f"cu_seq_lens needs input_ids of one row, not of shape {list(input_ids.shape)}")
+    if cu_seq_lens.numel() > input_ids.shape[-1] + 1:
+        raise ValueError(
+            f"cu_seq_lens names {cu_seq_lens.numel() - 1} sequences, more than input_ids has tokens, {input_ids.shape[-1]}"
+        )
+    tokens = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    return torch.bucketize(tokens, cu_seq_lens[1:].to(tokens.device), right=True).expand(input_ids.shape)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,82 @@
+"""What all tests share. Without a GPU, Triton kernels run in Triton's interpreter."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything else
+
+import pytest
+
+from neft_kernels import ops
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
+NO_GPU = "no GPU on this machine"
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+_unexpected_skips = []
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and not hasattr(report, "wasxfail") and NO_GPU not in str(report.longrepr):
+        _unexpected_skips.append(report.nodeid)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A skip for any reason but a missing GPU fails the run: what cannot run here must not look as if it had."""
+    if _unexpected_skips and exitstatus == 0:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    for nodeid in _unexpected_skips:
+        terminalreporter.write_line(f"FAILED: skipped, but should have run: {nodeid}", red=True)
+
+
+def kernels():
+    """Every way to run the kernels here: (device, backend, instruction set or None)."""
+    found = [("cpu", "triton", None)] if not HAS_GPU else [("cuda", "triton", None), ("cuda", "cuda", None)]
+    return [*found, *(("cpu", "cpu", name) for name in ("avx512", "avx2", "portable"))]
+
+
+@pytest.fixture(params=kernels(), ids=lambda kernel: "-".join(filter(None, kernel)))
+def kernel(request):
+    """A (device, backend) pair, with the CPU's instruction set capped as the parameter says."""
+    device, backend, instruction_set = request.param
+    if instruction_set is None:
+        yield device, backend
+        return
+    before = ops._cpu_extension.instruction_set()
+    ops._cpu_extension.cap_instruction_set(instruction_set)
+    yield device, backend
+    ops._cpu_extension.cap_instruction_set(before)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New tensors are full of NaN, so that an element that a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def equal_bits(a, b):
+    """Whether two tensors are equal bit for bit, any NaN being equal to any other."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = a.cpu(), b.cpu()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    same = a.contiguous().view(integers) == b.contiguous().view(integers)
+    return bool((same | (a.isnan() & b.isnan())).all())
