@@ -1,7 +1,8 @@
 """The noise contract a second time, in numpy's integers, from the contract's text alone.
 
-It shares no line with the package and no arithmetic with torch, so that a mistake made in one of the two shows. bfloat16,
-which numpy lacks, is held as uint16 bit patterns and rounded by integer arithmetic; the other types are numpy's own.
+It shares no line with the package and no arithmetic with torch, so that a mistake made in one of the two shows.
+bfloat16, which numpy lacks, is held as uint16 bit patterns and rounded by integer arithmetic; the other types are
+numpy's own.
 """
 
 import numpy as np
@@ -59,7 +60,7 @@ def bfloat16_to_float32(patterns):
 
 
 def float32_to_bfloat16(values):
-    """Round to nearest, ties to even, by adding just under half a unit in the last place, or just half where it is odd."""
+    """Round to nearest, ties to even: add half a unit in the last place, or just less where that place is even."""
     patterns = values.astype(np.float32).view(np.uint32).astype(np.uint64)
     last_bit = (patterns >> np.uint64(16)) & np.uint64(1)
     rounded = ((patterns + np.uint64(0x7FFF) + last_bit) >> np.uint64(16)).astype(np.uint16)

@@ -23,14 +23,15 @@ SEEDS = (0, 1, -1, 42, -123456789, 2**31, 2**32, 2**62 - 57, INT64_MAX, INT64_MI
 STREAMS = (0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 FIRST_TOKENS = (0, 1, 2**31 - 2, 2**32 - 3, 2**32 - 1, 2**32, 2**32 + 5, 2**33 + 2**32 - 1, 2**62)
 
-# Bit patterns by name of the type: zeros, the smallest and largest subnormal numbers, the smallest normal one, the
-# largest finite ones and the one below, infinities, and NaNs, quiet and signalling.
-MAGNITUDE_BITS = {
-    "float64": (0, 1, 2**52 - 1, 2**52, 0x7FEFFFFFFFFFFFFF, 0x7FEFFFFFFFFFFFFE, 0x7FF0000000000000, 0x7FF8000000000000, 0x7FF0000000000001),
-    "float32": (0, 1, 2**23 - 1, 2**23, 0x7F7FFFFF, 0x7F7FFFFE, 0x7F800000, 0x7FC00000, 0x7F800001),
-    "float16": (0, 1, 2**10 - 1, 2**10, 0x7BFF, 0x7BFE, 0x7C00, 0x7E00, 0x7C01),
-    "bfloat16": (0, 1, 2**7 - 1, 2**7, 0x7F7F, 0x7F7E, 0x7F80, 0x7FC0, 0x7F81),
-}  # fmt: skip
+
+def magnitude_bits(dtype_name):
+    """Bit patterns without a sign: zero, the smallest and largest subnormal numbers, the smallest normal one, the largest
+    finite ones, infinity, and a NaN, quiet and signalling."""
+    fraction = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[dtype_name]
+    sign = 8 * np.dtype(independent.STORAGE[dtype_name]).itemsize - 1
+    infinity = 2**sign - 2**fraction
+    quiet, signalling = infinity + 2 ** (fraction - 1), infinity + 1
+    return (0, 1, 2**fraction - 1, 2**fraction, infinity - 2, infinity - 1, infinity, quiet, signalling)
 
 
 def to_storage(values, dtype_name):
@@ -46,7 +47,7 @@ def table(dtype_name, width):
     storage = independent.STORAGE[dtype_name]
     integer = INTEGERS[np.dtype(storage).itemsize]
     bits = 8 * np.dtype(storage).itemsize
-    positive = np.array(MAGNITUDE_BITS[dtype_name], integer)
+    positive = np.array(magnitude_bits(dtype_name), integer)
     awkward = np.concatenate([positive, positive | integer(1 << (bits - 1))])
     finite = awkward[np.r_[0:6, 9:15]]
     ordinary = to_storage(generator.standard_normal((4, width)) * 0.02, dtype_name)
@@ -139,7 +140,7 @@ def test_the_independent_implementation_gives_the_contract_vectors(case):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: f"{case['bits']}-{case['seed']}-{case['stream']}")
 def test_backends_give_the_contract_vectors(backend, case):
-    """On a table of zeros and with magnitude 1, the output is u itself: exact in float32, and rounded once in 16 bits."""
+    """On a table of zeros and with magnitude 1, the output is u itself, rounded once where the type has 16 bits."""
     expected = np.array(case["numerators"]) * independent.scale(case["bits"])
     ids = torch.zeros(len(expected), dtype=torch.int64)
     noise = {name: case[name] for name in ("seed", "stream", "first_token")}
@@ -148,15 +149,6 @@ def test_backends_give_the_contract_vectors(backend, case):
         weight = torch.zeros(1, case["embedding_dim"], dtype=dtype)
         actual = neft_kernels.noisy_embedding(ids, weight, 1.0, backend=backend, **noise)
         assert not len(differences(actual, to_storage(expected, dtype_name), dtype_name))
-
-
-def test_uniform_numbers_of_16_bits_are_symmetric_and_never_zero():
-    """All 65536 half-words: the numerators are the odd numbers below 2**16, so open at both ends with mean exactly 0."""
-    half_words = np.arange(65536)
-    numerators = 2 * half_words + 1 - 65536
-    assert sorted(numerators) == sorted(-numerators)
-    assert 0 not in numerators
-    assert abs(numerators).max() < 65536
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -214,12 +206,12 @@ def test_the_sum_overflows_float16_to_infinity(backend):
 
 @pytest.mark.parametrize("dtype_name", DTYPES)
 def test_the_comparison_can_fail(dtype_name):
-    """One bit of one element, a zero of the other sign, a NaN for a number, and another NaN where nothing may change."""
+    """One bit, a zero of the other sign, a NaN for a number, and another NaN where nothing may change."""
     weight = table(dtype_name, 9)
     integer = INTEGERS[weight.itemsize]
     tensor = to_tensor(weight, dtype_name)
     assert not len(differences(tensor, weight, dtype_name, unchanged=True))
-    nan, other_nan = (integer(MAGNITUDE_BITS[dtype_name][index]) for index in (7, 8))
+    nan, other_nan = (integer(magnitude_bits(dtype_name)[index]) for index in (7, 8))
     sign = integer(1 << (8 * weight.itemsize - 1))
     for row, column, bits in ((0, 0, weight.view(integer)[0, 0] ^ integer(1)), (6, 0, sign), (6, 1, nan)):
         changed = weight.copy()
