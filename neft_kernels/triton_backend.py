@@ -63,6 +63,13 @@ def _uniform(tokens, blocks, seed, stream, dtype: tl.constexpr):  # [R], [B] -> 
 
 
 @triton.jit
+def _widen(value, dtype: tl.constexpr):
+    if _INTERPRETED and value.dtype == tl.bfloat16:  # the interpreter flushes subnormals
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
 def _round_to(value, dtype: tl.constexpr):
     if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
         bits = value.to(tl.uint32, bitcast=True)
@@ -73,7 +80,7 @@ def _round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def _add_noise(w, m, u, dtype: tl.constexpr):  # [R, C], [R, 1], [R, C] -> [R, C]
-    noisy = w.to(u.dtype) + m.to(u.dtype) * u
+    noisy = _widen(w, u.dtype) + m.to(u.dtype) * u
     return tl.where(m == 0, w, _round_to(noisy, dtype))
 
 
