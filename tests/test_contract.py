@@ -17,16 +17,27 @@ WIDTHS = (1, 3, 7, 8, 9, 63, 129, 300)
 INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 SUBNORMAL = 1e-40  # in float32, whose smallest normal number is 1.2e-38
-MAGNITUDES = (0.0, 2.0**-149, SUBNORMAL, 1e-6, 5.0 / 4096**0.5, 1.0, 100.0, 1e30, float(np.finfo(np.float32).max))
+ROUNDS_TO_ZERO = 1e-50  # in float32
+MAGNITUDES = (
+    0.0,
+    ROUNDS_TO_ZERO,
+    2.0**-149,
+    SUBNORMAL,
+    1e-6,
+    5.0 / 4096**0.5,
+    1.0,
+    100.0,
+    1e30,
+    float(np.finfo(np.float32).max),
+)
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 SEEDS = (0, 1, -1, 42, -123456789, 2**31, 2**32, 2**62 - 57, INT64_MAX, INT64_MIN)
 STREAMS = (0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
-FIRST_TOKENS = (0, 1, 2**31 - 2, 2**32 - 3, 2**32 - 1, 2**32, 2**32 + 5, 2**33 + 2**32 - 1, 2**62)
+FIRST_TOKENS = (0, 1, 2**31 - 2, 2**32 - 3, 2**32 - 1, 2**32, 2**32 + 5, 2**33 + 2**32 - 1, 2**62, 2**63 - 100)
 
 
 def magnitude_bits(dtype_name):
-    """Bit patterns without a sign: zero, the smallest and largest subnormal numbers, the smallest normal one, the largest
-    finite ones, infinity, and a NaN, quiet and signalling."""
+    """Zero, the smallest and largest subnormal, smallest normal and two largest finite numbers, infinity, two NaNs."""
     fraction = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}[dtype_name]
     sign = 8 * np.dtype(independent.STORAGE[dtype_name]).itemsize - 1
     infinity = 2**sign - 2**fraction
