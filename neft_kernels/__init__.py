@@ -1,7 +1,7 @@
 """Noisy embeddings (NEFTune, arXiv 2310.05914) in one fused kernel, bit for bit the same on every backend.
 
-    from neft_kernels import replace_embeddings
-    replace_embeddings(model, alpha=5.0)          # then train as usual
+from neft_kernels import replace_embeddings
+replace_embeddings(model, alpha=5.0)          # then train as usual
 """
 
 from neft_kernels.autograd import NoisyEmbedding, add_noise, noisy_embedding

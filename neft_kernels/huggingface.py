@@ -143,7 +143,9 @@ class Report(tuple[EmbeddingReport, ...]):
     """The noisy embeddings of a model; ``str()`` of it is for people."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no noisy embeddings: replace_embeddings(model) was not called, or was undone"
+        return (
+            "\n".join(map(str, self)) or "no noisy embeddings: replace_embeddings(model) was not called, or was undone"
+        )
 
 
 def describe(model: nn.Module) -> Report:

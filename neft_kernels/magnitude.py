@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from neft_kernels.ops import broadcasts
+
 __all__ = ["SCALES", "check_alpha", "noise_magnitude"]
 
 SCALES = ("sequence", "batch")
@@ -103,7 +105,7 @@ def _magnitude(alpha: float, length: int, embedding_dim: int, device: torch.devi
 
 
 def _sequences_from_position_ids(position_ids: Tensor, input_ids: Tensor) -> Tensor:
-    if position_ids.ndim > input_ids.ndim or position_ids.shape[-1:] != input_ids.shape[-1:]:
+    if position_ids.shape[-1:] != input_ids.shape[-1:] or not broadcasts(position_ids.shape, input_ids.shape):
         raise ValueError(
             f"position_ids must broadcast to input_ids, {list(input_ids.shape)}, but has shape {list(position_ids.shape)}"
         )

@@ -10,7 +10,7 @@ from neft_kernels import ops
 from neft_kernels.autograd import add_noise, noisy_embedding
 from neft_kernels.magnitude import check_alpha, check_scale_by, noise_magnitude
 
-__all__ = ["AddNoise", "Noise", "NoiseSettings", "NEFTuneEmbedding", "Sequences"]
+__all__ = ["AddNoise", "NEFTuneEmbedding", "Noise", "NoiseSettings", "Sequences"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Sequences:
         one_row = tokens.numel() == tokens.shape[-1]
         usable = {
             "attention_mask": lambda given: given.shape == tokens.shape,
-            "position_ids": lambda given: given.ndim <= tokens.ndim and given.shape[-1:] == tokens.shape[-1:],
+            "position_ids": lambda given: (
+                given.shape[-1:] == tokens.shape[-1:] and ops.broadcasts(given.shape, tokens.shape)
+            ),
             "cu_seq_lens": lambda given: one_row and given.ndim == 1 and 2 <= len(given) <= tokens.shape[-1] + 1,
         }
         given = {name: value for name in usable if (value := getattr(self, name)) is not None}
@@ -79,7 +81,7 @@ class Noise:
         return {**self.__dict__, "last_magnitude": None}
 
     def state(self, training: bool) -> str:
-        """"on", or why there is no noise at this moment."""
+        """ "on", or why there is no noise at this moment."""
         if not training:
             return "off: evaluation mode"
         if not torch.is_grad_enabled():

@@ -203,6 +203,12 @@ def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
     return input_ids.to(torch.int64)
 
 
+def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a tensor of `shape` can be expanded to the shape `to`."""
+    missing = len(to) - len(shape)
+    return missing >= 0 and all(have in (1, want) for have, want in zip(shape, to[missing:], strict=True))
+
+
 def check_values(values: Tensor, name: str, ndim: int | None) -> None:
     """`values` is a floating-point tensor that noise can be added to; `ndim` None allows any but 0."""
     if not isinstance(values, Tensor):
@@ -232,10 +238,7 @@ def check_magnitude(
         raise ValueError(f"magnitude is on {magnitude.device}, but the embeddings are on {device}; move it")
     if magnitude.shape == tokens_shape:
         return magnitude, 0.0
-    missing = len(tokens_shape) - magnitude.ndim
-    if missing < 0 or any(
-        have not in (1, want) for have, want in zip(magnitude.shape, tokens_shape[missing:], strict=True)
-    ):
+    if not broadcasts(magnitude.shape, tokens_shape):
         raise ValueError(f"magnitude of shape {list(magnitude.shape)} does not broadcast to {list(tokens_shape)}")
     return magnitude.expand(tokens_shape), 0.0
 

@@ -8,9 +8,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything else
 
-import pytest
+import pytest  # noqa: E402
 
-from neft_kernels import ops
+from neft_kernels import ops  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)

@@ -103,7 +103,9 @@ def test_strides(kernel, layout, dtype):
     weight = stride(table(9, 37, dtype, device))
     ids = stride(ids_like((4, 6), 9, device=device))
     magnitude = stride(torch.rand(4, 6, device=device))
-    expected = noisy_embedding(ids.contiguous(), weight.contiguous(), magnitude.contiguous(), seed=5, backend="reference")
+    expected = noisy_embedding(
+        ids.contiguous(), weight.contiguous(), magnitude.contiguous(), seed=5, backend="reference"
+    )
     assert equal_bits(noisy_embedding(ids, weight, magnitude, seed=5, backend=backend), expected)
     embeds = stride(weight[ids])
     expected = add_noise(embeds.contiguous(), magnitude.contiguous(), seed=5, backend="reference")
@@ -178,7 +180,9 @@ def test_more_than_two_to_the_31_elements():
     del again
     far = torch.as_strided(out, (rows, 8), (width, 1))  # row offsets beyond 2**31
     got = noisy_embedding(ids[-1:], far, 0.1, seed=4, backend="cpu")
-    assert equal_bits(got, noisy_embedding(torch.zeros(1, dtype=torch.int64), far[-1:], 0.1, seed=4, backend="reference"))
+    assert equal_bits(
+        got, noisy_embedding(torch.zeros(1, dtype=torch.int64), far[-1:], 0.1, seed=4, backend="reference")
+    )
 
 
 def test_each_instruction_set_is_in_use_when_asked_for(kernel):
@@ -201,4 +205,7 @@ def test_each_instruction_set_is_in_use_when_asked_for(kernel):
 @pytest.mark.gpu
 def test_gpu_backends_are_there():
     assert HAS_GPU
-    assert {backend.name for backend in ops.available_backends() if "cuda" in backend.devices} >= {"triton", "reference"}
+    assert {backend.name for backend in ops.available_backends() if "cuda" in backend.devices} >= {
+        "triton",
+        "reference",
+    }

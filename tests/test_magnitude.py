@@ -1,0 +1,125 @@
+"""Contract: alpha / sqrt(L * d) with each sequence's own L; padding gets none; a mask of ones changes no bit."""
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from neft_kernels import noise_magnitude
+
+D, ALPHA = 16, 5.0
+
+
+def expected(length):
+    return torch.tensor(ALPHA / math.sqrt(length * D), dtype=torch.float64).float().item()
+
+
+def lengths(*rows):
+    return torch.tensor([[expected(length) if length else 0.0 for length in row] for row in rows])
+
+
+def ids(*shape):
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def test_without_masks_it_is_one_number_for_both_scales():
+    for scale_by in ("sequence", "batch"):
+        assert noise_magnitude(ids(3, 7), D, ALPHA, scale_by=scale_by) == ALPHA / math.sqrt(7 * D)
+        assert noise_magnitude(ids(7), D, ALPHA, scale_by=scale_by) == ALPHA / math.sqrt(7 * D)
+
+
+def test_agrees_with_the_hugging_face_hook():
+    """scale_by="batch" is the hook's rule; the hook computes it in float32, so half a unit in the last place apart."""
+    torch.manual_seed(0)
+    embeds = torch.zeros(2, 9, D)
+    module = torch.nn.Identity().train()
+    module.neftune_noise_alpha = ALPHA
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    largest = max(neftune_post_forward_hook(module, (), embeds).abs().max().item() for _ in range(200))
+    magnitude = noise_magnitude(ids(2, 9), D, ALPHA, scale_by="batch")
+    # The largest of n uniform draws on [0, m] is below m (1 - t) with probability (1 - t)**n; n = 57600, t = 0.001: 1e-25.
+    assert 0.999 * magnitude < largest <= magnitude * (1 + 2**-23)
+
+
+def test_padding_left_right_and_whole_rows():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
+    want = lengths([3, 3, 3, 0], [0, 0, 2, 2], [4, 4, 4, 4], [0, 0, 0, 0])
+    for dtype in (torch.int64, torch.bool, torch.float32, torch.int32):
+        assert torch.equal(noise_magnitude(ids(4, 4), D, ALPHA, attention_mask=mask.to(dtype)), want)
+
+
+def test_a_mask_of_ones_gives_exactly_what_no_mask_gives():
+    for length in range(1, 200):
+        number = noise_magnitude(ids(1, length), D, ALPHA)
+        tensor = noise_magnitude(ids(1, length), D, ALPHA, attention_mask=torch.ones(1, length))
+        assert (tensor == torch.tensor(number, dtype=torch.float32)).all()
+
+
+def test_a_hole_in_the_mask_does_not_split_the_sequence():
+    mask = torch.tensor([[1, 1, 0, 1, 1]])
+    assert torch.equal(noise_magnitude(ids(1, 5), D, ALPHA, attention_mask=mask), lengths([4, 4, 0, 4, 4]))
+
+
+def test_sequences_numbered_in_the_mask():
+    mask = torch.tensor([[1, 1, 1, 2, 2, 3, 0], [1, 2, 2, 2, 2, 2, 2]])
+    want = lengths([3, 3, 3, 2, 2, 1, 0], [1, 6, 6, 6, 6, 6, 6])
+    assert torch.equal(noise_magnitude(ids(2, 7), D, ALPHA, attention_mask=mask), want)
+
+
+def test_packed_by_position_ids():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    want = lengths([3, 3, 3, 2, 2, 1], [6] * 6)
+    assert torch.equal(noise_magnitude(ids(2, 6), D, ALPHA, position_ids=positions), want)
+    # A row for all; a sequence that does not begin at 0.
+    assert torch.equal(noise_magnitude(ids(2, 6), D, ALPHA, position_ids=positions[0]), want[:1].expand(2, 6))
+    offset = torch.tensor([[7, 8, 9, 3, 4, 0]])
+    assert torch.equal(noise_magnitude(ids(1, 6), D, ALPHA, position_ids=offset), want[:1])
+
+
+def test_packed_and_padded():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    got = noise_magnitude(ids(1, 7), D, ALPHA, position_ids=positions, attention_mask=mask)
+    assert torch.equal(got, lengths([3, 3, 3, 2, 2, 0, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_by_cu_seq_lens(dtype):
+    boundaries = torch.tensor([0, 3, 5, 6], dtype=dtype)
+    assert torch.equal(noise_magnitude(ids(1, 6), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 1]))
+    assert torch.equal(noise_magnitude(ids(6), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 1])[0])
+    # Tokens after the last boundary are padding; an empty sequence is none.
+    boundaries = torch.tensor([0, 3, 3, 5], dtype=dtype)
+    assert torch.equal(noise_magnitude(ids(1, 7), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 0, 0]))
+
+
+def test_scale_by_batch_ignores_masks():
+    mask = torch.tensor([[1, 1, 0, 0]])
+    assert noise_magnitude(ids(1, 4), D, ALPHA, attention_mask=mask, scale_by="batch") == ALPHA / math.sqrt(4 * D)
+
+
+def test_no_tokens_and_no_sequence():
+    assert noise_magnitude(ids(), D, ALPHA) == 0
+    assert noise_magnitude(ids(2, 0), D, ALPHA, attention_mask=torch.ones(2, 0)) == 0
+    assert noise_magnitude(ids(2, 5), D, 0) == 0
+
+
+def test_higher_dimensions():
+    mask = torch.ones(2, 3, 4)
+    mask[0, 1, 2:] = 0
+    got = noise_magnitude(ids(2, 3, 4), D, ALPHA, attention_mask=mask)
+    assert torch.equal(got[0, 1], lengths([2, 2, 0, 0])[0])
+    assert torch.equal(got[1], lengths(*[[4] * 4] * 3))
+
+
+def test_compiled_is_a_tensor_of_the_same_value_and_one_graph():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda tokens: noise_magnitude(tokens, D, ALPHA), fullgraph=True, dynamic=True, backend=counter
+    )
+    for length in (3, 8, 21):
+        assert compiled(ids(2, length)).item() == expected(length)
+    assert counter.frame_count == 1

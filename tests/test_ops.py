@@ -1,0 +1,116 @@
+"""Contract: to PyTorch the ops are well-behaved: pure, with fakes that tell the truth, and one graph for all lengths."""
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from neft_kernels import add_noise, available_backends, noisy_embedding, ops
+from neft_kernels.ops import OVERLOADS
+
+BACKENDS = ("cpu", "reference", "triton")
+SEED = torch.tensor([3])
+
+
+def samples():
+    weight = torch.randn(9, 6)
+    strided = torch.randn(6, 9).t()
+    ids = torch.tensor([[1, 2], [3, 8]])
+    per_token = torch.rand(2, 2)
+    yield "noisy_embedding", (ids, weight, SEED, None, 0.1, 0, 0)
+    yield "noisy_embedding", (ids.t(), strided, SEED, per_token, 0.0, 7, 2**40)
+    yield "noisy_embedding", (ids[:0], weight.bfloat16(), SEED, None, 0.1, 0, 0)
+    yield "add_noise", (weight, SEED, None, 0.1, 0, 0)
+    yield "add_noise", (strided[None].half(), SEED, torch.rand(9).expand(1, 9), 0.0, 2**32 - 1, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    for op, args in samples():
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        result = torch.library.opcheck(OVERLOADS[op][backend], args, test_utils=tests)
+        assert set(result.values()) == {"SUCCESS"}, (op, args)
+
+
+def test_meta_tensors():
+    out = noisy_embedding(torch.empty(3, 4, dtype=torch.int64, device="meta"), torch.empty(9, 6, device="meta"), 0.1)
+    assert out.device.type == "meta"
+    assert out.shape == (3, 4, 6)
+    assert add_noise(out, 0.1).shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_compiled_equals_eager_at_every_length_with_one_graph(per_token):
+    weight = torch.randn(50, 12, requires_grad=True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(ids, magnitude, seed):
+        return noisy_embedding(ids, weight, magnitude, seed=seed) * 2
+
+    graphs = None
+    for length in (5, 9, 17, 33):
+        ids = torch.randint(50, (2, length))
+        magnitude = torch.rand(2, length) if per_token else 0.25
+        seed = torch.randint(1 << 60, (1,))
+        out = compiled(ids, magnitude, seed)
+        assert torch.equal(out, noisy_embedding(ids, weight, magnitude, seed=seed) * 2)
+        (compiled_grad,) = torch.autograd.grad(out.sum(), weight)
+        (grad,) = torch.autograd.grad((torch.nn.functional.embedding(ids, weight) * 2).sum(), weight)
+        assert torch.equal(compiled_grad, grad)
+        # A Python float takes the compiler two attempts at the first length; no further length takes any.
+        graphs = graphs or counter.frame_count
+        assert counter.frame_count == graphs
+
+
+def test_compiled_draws_fresh_noise_and_is_reproducible():
+    weight = torch.randn(50, 12)
+    ids = torch.randint(50, (2, 5))
+    compiled = torch.compile(lambda: add_noise(weight, 0.1) + noisy_embedding(ids, weight, 0.1).sum(), fullgraph=True)
+    torch.manual_seed(1)
+    first, second = compiled(), compiled()
+    torch.manual_seed(1)
+    assert not torch.equal(first, second)
+    assert torch.equal(compiled(), first)
+
+
+def test_manual_seed_reproduces_and_each_call_draws_anew():
+    weight, ids = torch.randn(50, 12), torch.randint(50, (2, 5))
+    torch.manual_seed(7)
+    first, second = noisy_embedding(ids, weight, 0.1), noisy_embedding(ids, weight, 0.1)
+    torch.manual_seed(7)
+    assert torch.equal(noisy_embedding(ids, weight, 0.1), first)
+    assert not torch.equal(first, second)
+
+
+def test_seeds_use_all_64_bits():
+    torch.manual_seed(0)
+    seeds = torch.cat([ops.draw_seed(torch.device("cpu")) for _ in range(400)])
+    bits = (seeds[:, None] >> torch.arange(64)) & 1
+    # Each bit is a fair coin: 400 tosses, within six standard deviations (10 each) of 200.
+    assert ((bits.sum(0) - 200).abs() <= 60).all()
+
+
+def test_available_backends_and_the_automatic_choice(caplog, monkeypatch):
+    found = {backend.name: backend for backend in available_backends()}
+    assert tuple(found) == ops.BACKENDS
+    assert [backend.name for backend in found.values() if "cpu" in backend.chosen_for] == ["cpu"]
+    assert found["reference"].devices
+    assert all(backend.detail for backend in found.values())
+
+    monkeypatch.setattr(ops, "_chosen", {})
+    with caplog.at_level(logging.INFO, logger="neft_kernels"):
+        ops.choose_backend("cpu")
+        ops.choose_backend("cpu")
+    assert [record.message for record in caplog.records] == [f"backend 'cpu' for cpu tensors: {found['cpu'].detail}"]
+
+
+def test_without_the_extension_the_reference_is_chosen(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(ops, "_cpu_extension", None)
+    monkeypatch.setattr(ops, "_cpu_error", "not built")
+    assert ops.choose_backend("cpu") == "reference"
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run here \(not built"):
+        ops.choose_backend("cpu", "cpu")
