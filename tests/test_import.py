@@ -56,7 +56,8 @@ FILES = ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.trun
 effects = []
 
 def watch(event, arguments):
-    writes = event in FILES or (event == "open" and arguments[2] & WRITING)
+    # An open by number comes after the one that made the number.
+    writes = event in FILES or (event == "open" and arguments[2] & WRITING and not isinstance(arguments[0], int))
     if event in PROCESSES or (writes and "__pycache__" not in str(arguments[0])):
         effects.append(f"{event} {arguments[0]}")
 
@@ -74,7 +75,7 @@ for where, owner, names in before:
     for name in names.keys() | vars(owner).keys():
         old, now = names.get(name, missing), vars(owner).get(name, missing)
         # A submodule that is imported becomes an attribute of its package.
-        if old is not now and not (old is missing and sys.modules.get(f"{where}.{name}") is now):
+        if old is not now and not (old is missing and sys.modules.get(f"{where}.{name}", missing) is now):
             changed.append(f"{where}.{name}")
 record = {"file": sys.modules[package].__file__, "modules": new, "changed": sorted(changed), "effects": effects}
 print(json.dumps(record | {"milliseconds": milliseconds}))
