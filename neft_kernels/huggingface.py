@@ -249,6 +249,10 @@ class _WatchSequences:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "outside": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_WatchSequences":
+        # A module's hooks are copied before its submodules, so the embeddings below follow.
+        return _WatchSequences(self.settings.own_copy(memo), self.parameters)
+
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict.fromkeys(self.parameters) | dict(zip(self.parameters, args, strict=False)) | kwargs
         known = {
@@ -265,10 +269,10 @@ class _WatchSequences:
 
 
 def _around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
-    """The modules between `model` and its embeddings, itself included, that are called with what tells lengths."""
+    """`model`, and the modules between it and its embeddings that are called with what tells lengths."""
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module in embeddings]
-    paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)} | {""}
-    found = []
+    paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    found = [model]
     for path in sorted(paths):
         module = model.get_submodule(path)
         if module not in found and set(_parameters_of_forward(module)) & {*_FROM_ARGUMENT, *_CACHES}:

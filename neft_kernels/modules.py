@@ -67,6 +67,19 @@ class NoiseSettings:
         """A copy or a pickle carries no tensors of the pass under way."""
         return {**self.__dict__, "sequences": Sequences()}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NoiseSettings":
+        """An embedding that is copied alone, as PEFT does with those it trains, stays one of its model's.
+
+        A copy of the whole model gets settings of its own, from :meth:`own_copy`.
+        """
+        return self
+
+    def own_copy(self, memo: dict[int, Any]) -> "NoiseSettings":
+        """A copy, which takes the place of these settings in all that the deepcopy under way has yet to copy."""
+        if id(self) not in memo:
+            memo[id(self)] = NoiseSettings(**self.__getstate__())
+        return memo[id(self)]
+
 
 @dataclass
 class Noise:
