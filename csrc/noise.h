@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "macros.h"
 
@@ -61,6 +62,11 @@ NEFT_FUNCTION void set_counter(Word (&c)[4], Word block, int64_t token, uint32_t
 // Conversions between the scalar types; csrc/cpu/simd.h has them, and multiply_wide, for vectors.
 NEFT_FUNCTION int32_t as_signed(uint32_t word) { return static_cast<int32_t>(word); }
 NEFT_FUNCTION float to_float(int32_t value) { return static_cast<float>(value); }
+NEFT_FUNCTION float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // Word to uniform, for 32- and 64-bit element types: 23 random bits and a sign, open at both ends, never zero.
 template <class Word>
@@ -68,10 +74,19 @@ NEFT_FUNCTION auto uniform_from_word(Word word) {
   return to_float((as_signed(word) >> 8) | 1) * 0x1p-23f;
 }
 
-// Half-word to uniform, for 16-bit element types. `half` is in [0, 65535].
+// Half-word h to uniform, for 16-bit element types: (2 h + 1 - 65536) / 65536. Written into the mantissa of a float in
+// [2, 4), h stands for 2 + h / 32768, and the difference is exact; that is half the work of an integer conversion.
 template <class Word>
-NEFT_FUNCTION auto uniform_from_half(Word half) {
-  return to_float(as_signed(2 * half + 1) - 65536) * 0x1p-16f;
+NEFT_FUNCTION auto uniform_from_mantissa(Word mantissa) {  // h << 7
+  return as_float(mantissa | 0x40000000) - (3 - 0x1p-16f);
+}
+template <class Word>
+NEFT_FUNCTION auto uniform_from_low_half(Word word) {
+  return uniform_from_mantissa((word << 7) & 0x7FFF80);
+}
+template <class Word>
+NEFT_FUNCTION auto uniform_from_high_half(Word word) {
+  return uniform_from_mantissa((word >> 9) & 0x7FFF80);
 }
 
 // Columns that one Philox call feeds.

@@ -275,7 +275,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def _check_magnitude_values(token_magnitude: Tensor | None, magnitude: float) -> None:
     if token_magnitude is None:
-        token_magnitude = torch.tensor(magnitude)
+        token_magnitude = torch.tensor(magnitude, dtype=torch.float64, device="cpu").to(torch.float32)
     bad = ~((token_magnitude >= 0) & (token_magnitude < math.inf))
     if bad.any():
         raise ValueError(f"magnitude must be finite and >= 0, but is {token_magnitude[bad][0].item()}")

@@ -126,6 +126,18 @@ def test_every_backend_checks_values_on_the_cpu(backend):
         add_noise(EMBEDS, torch.tensor([1.0, -1.0, 3.0]), backend=backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_default_dtype_plays_no_part(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        for backend in ("cpu", "reference"):
+            assert noisy_embedding(IDS, WEIGHT, 1e5, backend=backend).dtype == torch.float32
+            with pytest.raises(ValueError, match="magnitude"):
+                noisy_embedding(IDS, WEIGHT, 1e39, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_compiled_call_raises_the_same_error():
     compiled = torch.compile(lambda ids: noisy_embedding(ids, WEIGHT, 0.1), fullgraph=True, backend="aot_eager")
     compiled(IDS)

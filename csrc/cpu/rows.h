@@ -16,8 +16,10 @@ struct RowNoise {
 };
 
 // out[begin:end] = in[begin:end] + noise, columns counted from the start of the row. `in` may equal `out`. `begin` must be
-// a multiple of kColumnAlignment.
-using AddNoiseToRow = void (*)(const void* in, void* out, int64_t begin, int64_t end, const RowNoise& noise);
+// a multiple of kColumnAlignment. The same columns of `next`, a row that is to come, are fetched into the cache meanwhile:
+// rows lie anywhere in the table, where the hardware cannot foresee them.
+using AddNoiseToRow = void (*)(const void* in, void* out, int64_t begin, int64_t end, const RowNoise& noise,
+                               const void* next);
 
 constexpr int64_t kColumnAlignment = 128;  // the columns of one batch of the widest kernel: 16 lanes x 8 columns
 

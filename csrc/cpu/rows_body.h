@@ -41,7 +41,7 @@ struct Fp16 {
     std::memcpy(halves, &words, sizeof words);
     for (int k = 0; k < 2; ++k) {
       const Floats w = from_fp16(load<HalfWords>(in + k * sizeof(HalfWords)));
-      store(out + k * sizeof(HalfWords), to_fp16(add_scaled(w, magnitude, uniform_from_half(widen(halves[k])))));
+      store(out + k * sizeof(HalfWords), to_fp16(add_scaled(w, magnitude, uniform_from_low_half(widen(halves[k])))));
     }
   }
 };
@@ -51,24 +51,26 @@ struct Bf16 {
   static constexpr int kSize = 2, kColumns = 2 * kLanes;
   NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
     const Words w = load<Words>(in);
-    const Floats even = add_scaled(bit_cast<Floats>(w << 16), magnitude, uniform_from_half(words & 0xFFFF));
-    const Floats odd = add_scaled(bit_cast<Floats>(w & 0xFFFF0000), magnitude, uniform_from_half(words >> 16));
+    const Floats even = add_scaled(as_float(w << 16), magnitude, uniform_from_low_half(words));
+    const Floats odd = add_scaled(as_float(w & 0xFFFF0000), magnitude, uniform_from_high_half(words));
     store(out, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xFFFF0000));
   }
-  // Round to nearest even in the upper half of each lane; the lower half is left over.
+  // Round to nearest even in the upper half of each lane; the lower half is left over. A NaN needs no care: it came from a
+  // bf16, or is the default one, so its lower half is zero and what is added does not reach the upper one.
   NEFT_FUNCTION static Words round_to_bf16(Floats floats) {
     const Words bits = bit_cast<Words>(floats);
-    const Words rounded = bits + 0x7FFF + ((bits >> 16) & 1);
-    const Words quiet_nan = bits | 0x400000;
-    return floats == floats ? rounded : quiet_nan;
+    return bits + 0x7FFF + ((bits >> 16) & 1);
   }
 };
 
 template <class Element>
-void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t end, const RowNoise& noise) {
+void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t end, const RowNoise& noise,
+                      const void* next_row) {
   constexpr int kBatchColumns = 4 * Element::kColumns, kVectorBytes = Element::kSize * Element::kColumns;
+  constexpr int kCacheLine = 64;
   static_assert(kColumnAlignment % kBatchColumns == 0);
   const auto* in = static_cast<const char*>(in_row);
+  const auto* next = static_cast<const char*>(next_row);
   auto* out = static_cast<char*>(out_row);
   const Key key = make_key(noise.seed);
   const Floats magnitude = Floats{} + noise.magnitude;
@@ -84,8 +86,11 @@ void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t 
   };
 
   int64_t column = begin;
-  for (; column + kBatchColumns <= end; column += kBatchColumns)
+  for (; column + kBatchColumns <= end; column += kBatchColumns) {
+    for (int byte = 0; byte < 4 * kVectorBytes; byte += kCacheLine)
+      __builtin_prefetch(next + column * Element::kSize + byte);
     add_batch(in + column * Element::kSize, out + column * Element::kSize, column);
+  }
 
   if (column < end) {  // the last, partial batch goes through a buffer of a whole one
     char buffer[4 * kVectorBytes] = {};

@@ -50,6 +50,7 @@ NEFT_FUNCTION void store(void* to, const Vector& vector) {
 }
 
 NEFT_FUNCTION Ints as_signed(Words words) { return bit_cast<Ints>(words); }
+NEFT_FUNCTION Floats as_float(Words words) { return bit_cast<Floats>(words); }
 NEFT_FUNCTION Floats to_float(Ints ints) { return __builtin_convertvector(ints, Floats); }
 NEFT_FUNCTION Words widen(HalfWords halves) { return __builtin_convertvector(halves, Words); }
 

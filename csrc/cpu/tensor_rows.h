@@ -139,6 +139,7 @@ void add_noise_to_rows(const Tensor& data, const Source& source, int64_t column_
 
       const RowNoise row_noise = noise.of(token);
       const char* in = in_data + source(token) * kernel.size;
+      const char* next = unit < last ? in_data + source(unit / pieces) * kernel.size : in;
       char* row = out_data + token * num_columns * kernel.size;
       if (column_stride != 1) {
         copy_strided(in + begin * column_stride * kernel.size, row + begin * kernel.size, end - begin, column_stride,
@@ -147,7 +148,7 @@ void add_noise_to_rows(const Tensor& data, const Source& source, int64_t column_
       } else if (row_noise.magnitude == 0) {
         std::memcpy(row + begin * kernel.size, in + begin * kernel.size, (end - begin) * kernel.size);
       }
-      if (row_noise.magnitude != 0) kernel.add_noise(in, row, begin, end, row_noise);
+      if (row_noise.magnitude != 0) kernel.add_noise(in, row, begin, end, row_noise, next);
     }
   });
 }

@@ -1,0 +1,81 @@
+"""What is compared: the plain embedding, NEFTune as transformers does it (eager and compiled), and ours."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from neft_kernels import NEFTuneEmbedding, noise_magnitude, noisy_embedding
+
+ALPHA = 5.0
+#: Bytes that the forward moves per element, in elements: rows read and output written; the hook in four kernels.
+PASSES = {"plain": 2, "hook": 7, "hook, compiled": 7, "ours": 2, "memcpy": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One comparison: a table of ``[num_embeddings, embedding_dim]`` and ``[1, tokens]`` ids."""
+
+    num_embeddings: int
+    embedding_dim: int
+    tokens: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.num_embeddings} x {self.embedding_dim}, {self.tokens} tokens, {dtype}"
+
+    @property
+    def elements(self) -> int:
+        return self.tokens * self.embedding_dim
+
+
+def forwards(shape: Shape, device: str = "cpu", compiled: bool = True) -> dict[str, Callable[[], Tensor]]:
+    """The variants by name, each a call that looks up a fresh batch of ids in training mode.
+
+    A fresh batch for each call, because a user's batches are; all variants see the same batches in the same order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.num_embeddings, shape.embedding_dim, generator=generator).to(shape.dtype).to(device)
+    batches = [torch.randint(shape.num_embeddings, (1, shape.tokens), generator=generator).to(device) for _ in range(8)]
+    size = (shape.num_embeddings, shape.embedding_dim)
+    plain = nn.Embedding(*size, _weight=weight)
+    hook = nn.Embedding(*size, _weight=weight)
+    hook.neftune_noise_alpha = ALPHA  # type: ignore[assignment]
+    hook.register_forward_hook(neftune_post_forward_hook)
+    ours = NEFTuneEmbedding(*size, _weight=weight, alpha=ALPHA)
+    modules: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain, "hook": hook, "ours": ours}
+    if compiled:
+        modules["hook, compiled"] = torch.compile(hook)
+    verify(modules, batches[0], weight)
+
+    source = (
+        weight[: shape.tokens].clone() if shape.tokens <= shape.num_embeddings else weight.repeat(3, 1)[: shape.tokens]
+    )
+    modules["memcpy"] = lambda ids: source.clone()
+
+    def call(module: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        turn = iter(range(1 << 60))
+        return lambda: module(batches[next(turn) % len(batches)])
+
+    return {name: call(module) for name, module in modules.items()}
+
+
+def verify(modules: dict[str, Callable[[Tensor], Tensor]], ids: Tensor, weight: Tensor) -> None:
+    """Nothing is timed whose result is wrong: ours equals the reference bit for bit, the hook's noise is within its bound."""
+    torch.manual_seed(0)
+    got = modules["ours"](ids)
+    torch.manual_seed(0)
+    magnitude = noise_magnitude(ids, weight.shape[1], ALPHA)
+    assert torch.equal(got, noisy_embedding(ids, weight, magnitude, backend="reference")), (
+        "ours differs from the reference"
+    )
+    rows = nn.functional.embedding(ids, weight)
+    assert isinstance(magnitude, float)
+    # One unit in the last place of the largest row element, for the rounding of the sum.
+    bound = magnitude + rows.abs().max().item() * torch.finfo(weight.dtype).eps
+    for name, module in modules.items():
+        difference = (module(ids) - rows).abs().max().item()
+        assert difference == 0 if name == "plain" else 0 < difference <= bound, f"{name} is off by {difference}"
