@@ -16,7 +16,7 @@ class _NoisyEmbedding(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         input_ids: Tensor,  # [...]
         weight: Tensor,  # [V, D]
         seed: Tensor,  # [1]
@@ -41,7 +41,7 @@ class _NoisyEmbedding(torch.autograd.Function):
         ctx.options = inputs[7:10]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         (input_ids,) = ctx.saved_tensors
         grad_weight = torch.ops.aten.embedding_backward(grad, input_ids, ctx.num_embeddings, *ctx.options)
         return None, grad_weight, *(None,) * 9
@@ -56,7 +56,7 @@ class NoisyEmbedding(_NoisyEmbedding):
     """
 
     @staticmethod
-    def jvp(ctx: Any, input_ids: None, weight: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, input_ids: None, weight: Tensor, *_: None) -> Tensor:
         return torch.nn.functional.embedding(ctx.saved_tensors[0], weight)
 
 
@@ -66,7 +66,7 @@ class _AddNoise(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         embeds: Tensor,  # [..., D]
         seed: Tensor,  # [1]
         token_magnitude: Tensor | None,  # [...]
@@ -82,7 +82,7 @@ class _AddNoise(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         return grad, *(None,) * 6
 
 
@@ -90,7 +90,7 @@ class AddNoise(_AddNoise):
     """Noise on given embeddings; the gradient passes through unchanged. :func:`add_noise` is the door to it."""
 
     @staticmethod
-    def jvp(ctx: Any, embeds: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, embeds: Tensor, *_: None) -> Tensor:
         return embeds.clone()
 
 
@@ -102,7 +102,16 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     """
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _needs_gradient(values: Tensor) -> bool:
+    """Whether anything is differentiated here, in reverse mode, in forward mode or by torch.func."""
+    return (
+        (values.requires_grad and torch.is_grad_enabled())
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def noisy_embedding(
@@ -156,6 +165,8 @@ def noisy_embedding(
     options = (padding_idx, scale_grad_by_freq, sparse, backend)
     if torch.compiler.is_compiling():
         return _NoisyEmbedding.apply(*args, *options)
+    if not _needs_gradient(weight):
+        return ops.OVERLOADS["noisy_embedding"][backend](*args)
     return _apply(NoisyEmbedding, *args, *options)
 
 
@@ -188,8 +199,12 @@ def add_noise(
     backend = ops.choose_backend(device.type, backend)
     seed = ops.check_seed(seed, device)
 
-    args = (embeds, seed, token_magnitude, number, stream, first_token, backend)
-    return _AddNoise.apply(*args) if torch.compiler.is_compiling() else _apply(AddNoise, *args)
+    args = (embeds, seed, token_magnitude, number, stream, first_token)
+    if torch.compiler.is_compiling():
+        return _AddNoise.apply(*args, backend)
+    if not _needs_gradient(embeds):
+        return ops.OVERLOADS["add_noise"][backend](*args)
+    return _apply(AddNoise, *args, backend)
 
 
 def _check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:

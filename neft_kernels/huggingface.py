@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from neft_kernels import ops
-from neft_kernels.modules import AddNoise, NEFTuneEmbedding, Noise, NoiseSettings, Sequences
+from neft_kernels.modules import NO_SEQUENCES, AddNoise, NEFTuneEmbedding, Noise, NoiseSettings, Sequences
 
 __all__ = ["EmbeddingReport", "Report", "describe", "no_noise", "replace_embeddings", "restore_embeddings"]
 
@@ -85,7 +85,7 @@ def restore_embeddings(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, NEFTuneEmbedding):
             if type(module) is NEFTuneEmbedding and "built_in_noise" not in module.__dict__:
-                module.__class__ = nn.Embedding
+                module.__class__ = nn.Embedding  # type: ignore[assignment]
                 del module.noise
             else:  # built by the user, or in the meantime given a class derived from ours, as fully_shard() does
                 module.noise = module.__dict__.get("built_in_noise")
@@ -265,7 +265,7 @@ class _WatchSequences:
         self.settings.sequences = replace(outside, **known, generating=outside.generating or generating)
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.settings.sequences, self.outside = self.outside or Sequences(), None
+        self.settings.sequences, self.outside = self.outside or NO_SEQUENCES, None
 
 
 def _around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """Modules: when there is noise, how much, and with which seed, around the ops of :mod:`neft_kernels.autograd`."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,24 +24,34 @@ class Sequences:
     #: A cache was passed, so tokens are being generated and get no noise.
     generating: bool = False
 
-    def telling(self, tokens: Tensor) -> tuple[dict[str, Tensor | None], str]:
+    def telling(self, tokens: Tensor) -> tuple[dict[str, Tensor], str]:
         """Those that :func:`noise_magnitude` can use for `tokens`, and a note on those that it cannot."""
-        one_row = tokens.numel() == tokens.shape[-1]
-        usable = {
-            "attention_mask": lambda given: given.shape == tokens.shape,
-            "position_ids": lambda given: (
-                given.shape[-1:] == tokens.shape[-1:] and ops.broadcasts(given.shape, tokens.shape)
-            ),
-            "cu_seq_lens": lambda given: one_row and given.ndim == 1 and 2 <= len(given) <= tokens.shape[-1] + 1,
-        }
-        given = {name: value for name in usable if (value := getattr(self, name)) is not None}
-        kept: dict[str, Tensor | None] = {name: value for name, value in given.items() if usable[name](value)}
-        note = "; ".join(
-            f"{name} of shape {list(value.shape)} does not tell the lengths of ids of shape {list(tokens.shape)}"
-            for name, value in given.items()
-            if name not in kept
-        )
-        return kept, note
+        kept, unusable = {}, []
+        for name, value in self._given():
+            if self._tells(name, value, tokens):
+                kept[name] = value
+            else:
+                unusable.append(
+                    f"{name} of shape {list(value.shape)} does not tell the lengths of ids of shape {list(tokens.shape)}"
+                )
+        return kept, "; ".join(unusable)
+
+    def _given(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("attention_mask", "position_ids", "cu_seq_lens"):
+            if (value := getattr(self, name)) is not None:
+                yield name, value
+
+    @staticmethod
+    def _tells(name: str, value: Tensor, tokens: Tensor) -> bool:
+        length = tokens.shape[-1]
+        if name == "attention_mask":
+            return value.shape == tokens.shape
+        if name == "position_ids":
+            return value.shape[-1:] == tokens.shape[-1:] and ops.broadcasts(value.shape, tokens.shape)
+        return tokens.numel() == length and value.ndim == 1 and 2 <= value.shape[0] <= length + 1
+
+
+NO_SEQUENCES = Sequences()
 
 
 @dataclass
@@ -53,7 +64,7 @@ class NoiseSettings:
     backend: str | None = None
     enabled: bool = True
     #: Of the forward pass that is under way.
-    sequences: Sequences = field(default_factory=Sequences)
+    sequences: Sequences = NO_SEQUENCES
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -65,7 +76,7 @@ class NoiseSettings:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries no tensors of the pass under way."""
-        return {**self.__dict__, "sequences": Sequences()}
+        return {**self.__dict__, "sequences": NO_SEQUENCES}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NoiseSettings":
         """An embedding that is copied alone, as PEFT does with those it trains, stays one of its model's.
@@ -112,8 +123,8 @@ class Noise:
         they tell lengths.
         """
         settings, note = self.settings, ""
-        if not sequences and settings.scale_by == "sequence":
-            sequences, note = settings.sequences.telling(tokens)
+        if not sequences and settings.sequences is not NO_SEQUENCES and settings.scale_by == "sequence":
+            sequences, note = settings.sequences.telling(tokens)  # type: ignore[assignment]
         magnitude = noise_magnitude(tokens, embedding_dim, settings.alpha, scale_by=settings.scale_by, **sequences)
         if not torch.compiler.is_compiling():
             self.last_magnitude, self.note = magnitude, note

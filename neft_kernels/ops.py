@@ -52,7 +52,7 @@ def _fake_add_noise(embeds: Tensor, *_: Any) -> Tensor:
     return torch.empty(embeds.shape, dtype=embeds.dtype, device=embeds.device)
 
 
-_FAKES = {"noisy_embedding": _fake_noisy_embedding, "add_noise": _fake_add_noise}
+_FAKES: dict[str, Callable[..., Tensor]] = {"noisy_embedding": _fake_noisy_embedding, "add_noise": _fake_add_noise}
 
 
 def _checked(implementation: Callable[..., Tensor], op: str) -> Callable[..., Tensor]:
