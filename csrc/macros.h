@@ -7,6 +7,15 @@
 #define NEFT_FUNCTION inline __attribute__((always_inline))
 #endif
 
+// Before a short loop: unroll it.
+#if defined(__CUDA_ARCH__)
+#define NEFT_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define NEFT_UNROLL  // the host's half of a .cu file runs no such loop
+#else
+#define NEFT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // Each instruction set of the CPU compiles its own copy of the noise, in a namespace of its own; see csrc/cpu/rows.h.
 #ifndef NEFT_NAMESPACE
 #define NEFT_NAMESPACE scalar

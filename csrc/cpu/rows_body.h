@@ -2,8 +2,8 @@
 // includes this file, and nothing before it that defines functions: they would be compiled for that instruction set, and
 // the linker could pick that copy for everyone.
 //
-// A batch is kLanes Philox blocks, one per lane: 4 vectors of words in, and after the transpose 4 vectors of words in
-// column order, each lane one column of a 32-bit type or two columns of a 16-bit one.
+// A batch is kLanes Philox blocks, one per 64-bit lane of two vectors; they become four vectors of words in column order,
+// each 32-bit lane one column of a 32- or 64-bit type or two columns of a 16-bit one.
 #pragma once
 
 #include "rows.h"
@@ -26,11 +26,10 @@ struct Fp64 {
   static constexpr int kSize = 8, kColumns = kLanes;
   NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
     const Floats u = uniform_from_word(words);
-    double row[kLanes];
-    std::memcpy(row, in, sizeof row);
-    for (int lane = 0; lane < kLanes; ++lane)
-      row[lane] = add_scaled<double>(row[lane], magnitude[lane], u[lane]);
-    std::memcpy(out, row, sizeof row);
+    for (int half = 0; half < 2; ++half) {
+      const size_t offset = half * sizeof(Doubles);
+      store(out + offset, add_scaled(load<Doubles>(in + offset), widen_half(magnitude, half), widen_half(u, half)));
+    }
   }
 };
 
@@ -66,34 +65,39 @@ struct Bf16 {
 template <class Element>
 void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t end, const RowNoise& noise,
                       const void* next_row) {
-  constexpr int kBatchColumns = 4 * Element::kColumns, kVectorBytes = Element::kSize * Element::kColumns;
+  constexpr int kVectors = 4, kVectorBytes = Element::kSize * Element::kColumns;
+  constexpr int kBatchColumns = kVectors * Element::kColumns, kBatchBytes = kVectors * kVectorBytes;
   constexpr int kCacheLine = 64;
   static_assert(kColumnAlignment % kBatchColumns == 0);
   const auto* in = static_cast<const char*>(in_row);
   const auto* next = static_cast<const char*>(next_row);
   auto* out = static_cast<char*>(out_row);
+  // Copies, because as far as the compiler can tell, what is written to `out` might change `noise`.
   const Key key = make_key(noise.seed);
+  const int64_t token = noise.token;
+  const uint32_t stream = noise.stream;
   const Floats magnitude = Floats{} + noise.magnitude;
-  const Words lane_blocks = block_of_lane();
+  const Chains lane_blocks = block_of_lane();
 
   const auto add_batch = [&](const char* from, char* to, int64_t column) __attribute__((always_inline)) {
-    Words words[4];
+    Chains block_words[4];
+    Words words[kVectors];
     const auto first_block = static_cast<uint32_t>(column / columns_per_block(Element::kSize));
-    set_counter(words, lane_blocks + first_block, noise.token, noise.stream);
-    philox4x32(words, key);
-    transpose(words);
-    for (int k = 0; k < 4; ++k) Element::add(from + k * kVectorBytes, to + k * kVectorBytes, magnitude, words[k]);
+    set_counter(block_words, lane_blocks + first_block, token, stream);
+    philox4x32(block_words, key);
+    to_column_order(block_words, words);
+    for (int k = 0; k < kVectors; ++k) Element::add(from + k * kVectorBytes, to + k * kVectorBytes, magnitude, words[k]);
   };
 
   int64_t column = begin;
   for (; column + kBatchColumns <= end; column += kBatchColumns) {
-    for (int byte = 0; byte < 4 * kVectorBytes; byte += kCacheLine)
+    for (int byte = 0; byte < kBatchBytes; byte += kCacheLine)
       __builtin_prefetch(next + column * Element::kSize + byte);
     add_batch(in + column * Element::kSize, out + column * Element::kSize, column);
   }
 
   if (column < end) {  // the last, partial batch goes through a buffer of a whole one
-    char buffer[4 * kVectorBytes] = {};
+    char buffer[kBatchBytes] = {};
     const size_t bytes = (end - column) * Element::kSize;
     std::memcpy(buffer, in + column * Element::kSize, bytes);
     add_batch(buffer, buffer, column);

@@ -1,6 +1,6 @@
-// Vectors of 32-bit lanes, by GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to whatever the
-// instruction set has. Only three things are written with intrinsics, because the compiler finds no good code for them:
-// the widening multiply, the 4 x 4 transpose and the conversion of half-precision floats.
+// Vectors by GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to whatever the instruction set has.
+// Only three things are written with intrinsics, because the compiler finds no good code for them: the widening multiply,
+// the interleaving of 64-bit lanes and the conversion of half-precision floats.
 //
 // Included by one translation unit per instruction set, which defines NEFT_NAMESPACE and NEFT_LANES first.
 #pragma once
@@ -27,7 +27,12 @@ constexpr int kLanes = NEFT_LANES;
 typedef uint32_t Words __attribute__((vector_size(4 * NEFT_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * NEFT_LANES)));
 typedef float Floats __attribute__((vector_size(4 * NEFT_LANES)));
+typedef float HalfFloats __attribute__((vector_size(2 * NEFT_LANES)));
+typedef double Doubles __attribute__((vector_size(4 * NEFT_LANES)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * NEFT_LANES)));
+// A word in the low half of each 64-bit lane, what is left of its computation in the upper half. The generator works on
+// these, because a widening multiply reads such lanes and writes its 64-bit products into them.
+typedef uint64_t LongWords __attribute__((vector_size(4 * NEFT_LANES)));
 
 template <class To, class From>
 NEFT_FUNCTION To bit_cast(const From& from) {
@@ -52,37 +57,23 @@ NEFT_FUNCTION void store(void* to, const Vector& vector) {
 NEFT_FUNCTION Ints as_signed(Words words) { return bit_cast<Ints>(words); }
 NEFT_FUNCTION Floats as_float(Words words) { return bit_cast<Floats>(words); }
 NEFT_FUNCTION Floats to_float(Ints ints) { return __builtin_convertvector(ints, Floats); }
-NEFT_FUNCTION Words widen(HalfWords halves) { return __builtin_convertvector(halves, Words); }
-
-// In which order the lanes of a counter hold consecutive blocks, so that transpose() below, which only moves words inside
-// 128-bit quarters, leaves the words in column order: lane 4 q + j holds block (kLanes / 4) j + q.
-NEFT_FUNCTION Words block_of_lane() {
-  Words blocks;
-  for (int lane = 0; lane < kLanes; ++lane) blocks[lane] = (kLanes / 4) * (lane % 4) + lane / 4;
-  return blocks;
+NEFT_FUNCTION Doubles widen_half(Floats floats, int half) {
+  const auto* bytes = reinterpret_cast<const char*>(&floats);
+  return __builtin_convertvector(load<HalfFloats>(bytes + half * sizeof(HalfFloats)), Doubles);
 }
+NEFT_FUNCTION Words widen(HalfWords halves) { return __builtin_convertvector(halves, Words); }
 
 #if NEFT_LANES == 16
 
-NEFT_FUNCTION void multiply_wide(uint32_t a, Words b, Words& hi, Words& lo) {
-  const __m512i factor = _mm512_set1_epi32(static_cast<int>(a)), words = bit_cast<__m512i>(b);
-  const __m512i even = _mm512_mul_epu32(factor, words);  // 64-bit products of lanes 0, 2, 4 ...
-  const __m512i odd = _mm512_mul_epu32(factor, _mm512_srli_epi64(words, 32));
-  hi = bit_cast<Words>(_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB));
-  lo = bit_cast<Words>(_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA));
+NEFT_FUNCTION LongWords multiply(uint32_t a, LongWords b) {
+  return bit_cast<LongWords>(_mm512_mul_epu32(_mm512_set1_epi32(static_cast<int>(a)), bit_cast<__m512i>(b)));
 }
-
-NEFT_FUNCTION void transpose(Words (&w)[4]) {
-  const __m512i w0 = bit_cast<__m512i>(w[0]), w1 = bit_cast<__m512i>(w[1]);
-  const __m512i w2 = bit_cast<__m512i>(w[2]), w3 = bit_cast<__m512i>(w[3]);
-  const __m512i low01 = _mm512_unpacklo_epi32(w0, w1), high01 = _mm512_unpackhi_epi32(w0, w1);
-  const __m512i low23 = _mm512_unpacklo_epi32(w2, w3), high23 = _mm512_unpackhi_epi32(w2, w3);
-  w[0] = bit_cast<Words>(_mm512_unpacklo_epi64(low01, low23));
-  w[1] = bit_cast<Words>(_mm512_unpackhi_epi64(low01, low23));
-  w[2] = bit_cast<Words>(_mm512_unpacklo_epi64(high01, high23));
-  w[3] = bit_cast<Words>(_mm512_unpackhi_epi64(high01, high23));
+NEFT_FUNCTION Words interleave_low(LongWords a, LongWords b) {
+  return bit_cast<Words>(_mm512_unpacklo_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 }
-
+NEFT_FUNCTION Words interleave_high(LongWords a, LongWords b) {
+  return bit_cast<Words>(_mm512_unpackhi_epi64(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+}
 NEFT_FUNCTION Floats from_fp16(HalfWords halves) {
   return bit_cast<Floats>(_mm512_cvtph_ps(bit_cast<__m256i>(halves)));
 }
@@ -93,25 +84,15 @@ NEFT_FUNCTION HalfWords to_fp16(Floats floats) {
 
 #elif NEFT_LANES == 8
 
-NEFT_FUNCTION void multiply_wide(uint32_t a, Words b, Words& hi, Words& lo) {
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(a)), words = bit_cast<__m256i>(b);
-  const __m256i even = _mm256_mul_epu32(factor, words);  // 64-bit products of lanes 0, 2, 4 ...
-  const __m256i odd = _mm256_mul_epu32(factor, _mm256_srli_epi64(words, 32));
-  hi = bit_cast<Words>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA));
-  lo = bit_cast<Words>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA));
+NEFT_FUNCTION LongWords multiply(uint32_t a, LongWords b) {
+  return bit_cast<LongWords>(_mm256_mul_epu32(_mm256_set1_epi32(static_cast<int>(a)), bit_cast<__m256i>(b)));
 }
-
-NEFT_FUNCTION void transpose(Words (&w)[4]) {
-  const __m256i w0 = bit_cast<__m256i>(w[0]), w1 = bit_cast<__m256i>(w[1]);
-  const __m256i w2 = bit_cast<__m256i>(w[2]), w3 = bit_cast<__m256i>(w[3]);
-  const __m256i low01 = _mm256_unpacklo_epi32(w0, w1), high01 = _mm256_unpackhi_epi32(w0, w1);
-  const __m256i low23 = _mm256_unpacklo_epi32(w2, w3), high23 = _mm256_unpackhi_epi32(w2, w3);
-  w[0] = bit_cast<Words>(_mm256_unpacklo_epi64(low01, low23));
-  w[1] = bit_cast<Words>(_mm256_unpackhi_epi64(low01, low23));
-  w[2] = bit_cast<Words>(_mm256_unpacklo_epi64(high01, high23));
-  w[3] = bit_cast<Words>(_mm256_unpackhi_epi64(high01, high23));
+NEFT_FUNCTION Words interleave_low(LongWords a, LongWords b) {
+  return bit_cast<Words>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 }
-
+NEFT_FUNCTION Words interleave_high(LongWords a, LongWords b) {
+  return bit_cast<Words>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+}
 NEFT_FUNCTION Floats from_fp16(HalfWords halves) {
   return bit_cast<Floats>(_mm256_cvtph_ps(bit_cast<__m128i>(halves)));
 }
@@ -120,45 +101,19 @@ NEFT_FUNCTION HalfWords to_fp16(Floats floats) {
       _mm256_cvtps_ph(bit_cast<__m256>(floats), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-#elif NEFT_LANES == 4
-
-#if defined(__SSE2__)
-NEFT_FUNCTION void multiply_wide(uint32_t a, Words b, Words& hi, Words& lo) {
-  const __m128i factor = _mm_set1_epi32(static_cast<int>(a)), words = bit_cast<__m128i>(b);
-  const __m128i even = _mm_mul_epu32(factor, words);  // 64-bit products of lanes 0 and 2
-  const __m128i odd = _mm_mul_epu32(factor, _mm_srli_epi64(words, 32));
-  const __m128i even_lo_hi = _mm_shuffle_epi32(even, _MM_SHUFFLE(3, 1, 2, 0));
-  const __m128i odd_lo_hi = _mm_shuffle_epi32(odd, _MM_SHUFFLE(3, 1, 2, 0));
-  lo = bit_cast<Words>(_mm_unpacklo_epi32(even_lo_hi, odd_lo_hi));
-  hi = bit_cast<Words>(_mm_unpackhi_epi32(even_lo_hi, odd_lo_hi));
-}
-#elif defined(__ARM_NEON)
-NEFT_FUNCTION void multiply_wide(uint32_t a, Words b, Words& hi, Words& lo) {
-  const uint32x4_t words = bit_cast<uint32x4_t>(b);
-  const uint32x4_t low = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(words), a));
-  const uint32x4_t high = vreinterpretq_u32_u64(vmull_n_u32(vget_high_u32(words), a));
-  lo = bit_cast<Words>(vuzp1q_u32(low, high));
-  hi = bit_cast<Words>(vuzp2q_u32(low, high));
-}
 #else
-NEFT_FUNCTION void multiply_wide(uint32_t a, Words b, Words& hi, Words& lo) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const uint64_t product = static_cast<uint64_t>(a) * b[lane];
-    hi[lane] = static_cast<uint32_t>(product >> 32);
-    lo[lane] = static_cast<uint32_t>(product);
-  }
-}
+
+NEFT_FUNCTION LongWords multiply(uint32_t a, LongWords b) {
+#if defined(__SSE2__)
+  return bit_cast<LongWords>(_mm_mul_epu32(_mm_set1_epi32(static_cast<int>(a)), bit_cast<__m128i>(b)));
+#elif defined(__ARM_NEON)
+  return bit_cast<LongWords>(vmull_n_u32(vmovn_u64(bit_cast<uint64x2_t>(b)), a));
+#else
+  return (b & 0xFFFFFFFF) * a;
 #endif
-
-NEFT_FUNCTION void transpose(Words (&w)[4]) {
-  const Words low01 = {w[0][0], w[1][0], w[0][1], w[1][1]}, high01 = {w[0][2], w[1][2], w[0][3], w[1][3]};
-  const Words low23 = {w[2][0], w[3][0], w[2][1], w[3][1]}, high23 = {w[2][2], w[3][2], w[2][3], w[3][3]};
-  w[0] = Words{low01[0], low01[1], low23[0], low23[1]};
-  w[1] = Words{low01[2], low01[3], low23[2], low23[3]};
-  w[2] = Words{high01[0], high01[1], high23[0], high23[1]};
-  w[3] = Words{high01[2], high01[3], high23[2], high23[3]};
 }
-
+NEFT_FUNCTION Words interleave_low(LongWords a, LongWords b) { return bit_cast<Words>(LongWords{a[0], b[0]}); }
+NEFT_FUNCTION Words interleave_high(LongWords a, LongWords b) { return bit_cast<Words>(LongWords{a[1], b[1]}); }
 NEFT_FUNCTION Floats from_fp16(HalfWords halves) {
   Floats floats;
   for (int lane = 0; lane < kLanes; ++lane)
@@ -173,6 +128,42 @@ NEFT_FUNCTION HalfWords to_fp16(Floats floats) {
 }
 
 #endif
+
+// Two vectors whose computations run side by side. The rounds of the generator are one chain of dependent instructions, and
+// a processor looks too few instructions ahead to find the next batch's chain by itself.
+struct Chains {
+  LongWords v[2];
+};
+
+NEFT_FUNCTION Chains operator^(Chains a, Chains b) { return {{a.v[0] ^ b.v[0], a.v[1] ^ b.v[1]}}; }
+NEFT_FUNCTION Chains operator^(Chains a, uint32_t b) { return {{a.v[0] ^ b, a.v[1] ^ b}}; }
+NEFT_FUNCTION Chains operator+(Chains a, uint32_t b) { return {{a.v[0] + b, a.v[1] + b}}; }
+
+NEFT_FUNCTION void multiply_wide(uint32_t a, Chains b, Chains& hi, Chains& lo) {
+  lo = {{multiply(a, b.v[0]), multiply(a, b.v[1])}};
+  hi = {{lo.v[0] >> 32, lo.v[1] >> 32}};
+}
+
+// The low words of two vectors, side by side: a0 b0 a1 b1 ...
+NEFT_FUNCTION LongWords pair(LongWords a, LongWords b) { return (a & 0xFFFFFFFF) | (b << 32); }
+
+// Four words for each lane's block, from four vectors per chain into two, in column order. Interleaving stays within 128
+// bits, so blocks must lie in a chain's lanes as block_of_lane() says: its first half in the even lanes, the rest in the odd.
+NEFT_FUNCTION void to_column_order(const Chains (&w)[4], Words (&columns)[4]) {
+  for (int chain = 0; chain < 2; ++chain) {
+    const LongWords words01 = pair(w[0].v[chain], w[1].v[chain]), words23 = pair(w[2].v[chain], w[3].v[chain]);
+    columns[2 * chain] = interleave_low(words01, words23);
+    columns[2 * chain + 1] = interleave_high(words01, words23);
+  }
+}
+
+NEFT_FUNCTION Chains block_of_lane() {
+  Chains blocks;
+  for (int chain = 0; chain < 2; ++chain)
+    for (int lane = 0; lane < kLanes / 2; ++lane)
+      blocks.v[chain][lane] = chain * (kLanes / 2) + (lane % 2) * (kLanes / 4) + lane / 2;
+  return blocks;
+}
 
 }  // namespace NEFT_NAMESPACE
 }  // namespace neft

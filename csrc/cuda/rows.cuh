@@ -1,0 +1,151 @@
+// What one thread of the CUDA kernels does, and how many threads there are. Compiled for the device, and by a test for
+// the host, which walks through every thread of a launch without a GPU.
+//
+// A thread gives four blocks of columns of one row their noise (two in fp64): 64 bytes, all loaded before the first is
+// used. Neighbouring lanes have neighbouring blocks, so each load and store of a warp covers 512 consecutive bytes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "elements.cuh"
+
+namespace neft {
+
+constexpr uint32_t kLanes = 32;  // of a warp
+constexpr uint32_t kWarps = 4;   // of a block of threads
+constexpr int kBytesPerThread = 64;
+
+template <class Element>
+constexpr int kBlocksPerThread = kBytesPerThread / (16 * ColumnBlock<Element>::kVectors);
+
+template <class Element>
+constexpr uint32_t kBlocksPerWarp = kLanes * kBlocksPerThread<Element>;
+
+// The rows to read and write, and the noise to give them. `RowOf` maps a token to the row that it reads.
+template <class RowOf>
+struct Rows {
+  const void* in;
+  void* out;  // [num_tokens, num_columns], contiguous
+  RowOf row_of;
+  int64_t row_stride, column_stride;  // of `in`, in elements
+  int64_t num_tokens, num_columns;
+  uint32_t num_blocks;  // of columns, in a row
+
+  const int64_t* seed;
+  const float* token_magnitude;  // null: every token gets `magnitude`
+  float magnitude;
+  uint32_t stream;
+  int64_t first_token;
+};
+
+struct RowOfToken {
+  static constexpr bool kMayBeNone = false;
+  NEFT_FUNCTION int64_t operator()(int64_t token) const { return token; }
+};
+
+template <class Id>
+struct RowOfId {
+  static constexpr bool kMayBeNone = true;
+  const Id* ids;  // [num_tokens]
+  int64_t num_rows;
+  // Negative if the id is out of range.
+  NEFT_FUNCTION int64_t operator()(int64_t token) const {
+    const int64_t id = ids[token];
+    return id < num_rows ? id : -1;
+  }
+};
+
+// Threads of a block: (lane, warp of a row, row). Blocks of the grid: (rows, blocks of a row, more rows).
+struct Index {
+  uint32_t x, y, z;
+};
+
+struct LaunchShape {
+  Index grid, threads;
+};
+
+template <class Element>
+LaunchShape launch_shape(int64_t num_tokens, uint32_t num_blocks) {
+  constexpr int64_t kMaxGridX = 0x7FFFFFFF, kMaxGridY = 65535;
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t warps_of_row = ceil_div(num_blocks, kBlocksPerWarp<Element>);
+  // As many warps on a row as leave the fewest without work.
+  uint32_t warps = kWarps;
+  for (uint32_t fewer = warps / 2; fewer > 0; fewer /= 2)
+    if (ceil_div(warps_of_row, fewer) * fewer < ceil_div(warps_of_row, warps) * warps) warps = fewer;
+
+  const uint32_t rows = kWarps / warps;
+  const int64_t row_groups = ceil_div(num_tokens, rows), grid_z = ceil_div(row_groups, kMaxGridX);
+  const int64_t grid_x = ceil_div(row_groups, grid_z), grid_y = std::min(ceil_div(warps_of_row, warps), kMaxGridY);
+  return {{static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y), static_cast<uint32_t>(grid_z)},
+          {kLanes, warps, rows}};
+}
+
+struct Place {
+  int64_t token;
+  uint32_t block;       // of columns: the thread's first one
+  uint32_t to_next_go;  // blocks from there to its next go, if the grid has too few threads for a whole row
+};
+
+template <class Element>
+NEFT_FUNCTION Place place_of(Index grid, Index threads, Index block, Index thread) {
+  const int64_t row_group = static_cast<int64_t>(block.z) * grid.x + block.x;
+  const uint32_t warp_of_row = block.y * threads.y + thread.y;
+  return {row_group * threads.z + thread.z, warp_of_row * kBlocksPerWarp<Element> + thread.x,
+          grid.y * threads.y * kBlocksPerWarp<Element>};
+}
+
+// `kAligned`: all blocks are whole, with their columns side by side on multiples of 16 bytes, in `in` and in `out`.
+template <class Element, bool kAligned, class RowOf>
+NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
+  using Block = ColumnBlock<Element>;
+  using Bits = typename Block::Bits;
+  constexpr int kBlocks = kBlocksPerThread<Element>;
+  constexpr int64_t kStep = kLanes * Block::kColumns;  // columns from one block of the thread to the next
+  if (place.token >= rows.num_tokens) return;
+
+  const Key key = make_key(*rows.seed);
+  const int64_t token = rows.first_token + place.token, row = rows.row_of(place.token);
+  const bool is_row = !RowOf::kMayBeNone || row >= 0;
+  const float token_magnitude = rows.token_magnitude ? rows.token_magnitude[place.token] : rows.magnitude;
+  const float magnitude = is_row ? token_magnitude : 0;
+  const Bits* in_row = static_cast<const Bits*>(rows.in) + row * rows.row_stride;
+  Bits* out_row = static_cast<Bits*>(rows.out) + place.token * rows.num_columns;
+  const int64_t stride = kAligned ? 1 : rows.column_stride;
+
+  for (uint32_t first = place.block; first < rows.num_blocks; first += place.to_next_go) {
+    const uint32_t blocks_left = rows.num_blocks - first;
+    const int64_t column = static_cast<int64_t>(first) * Block::kColumns;
+    const Bits* in = in_row + column * stride;
+    Bits* out = out_row + column;
+
+    Block blocks[kBlocks];
+    NEFT_UNROLL
+    for (int k = 0; k < kBlocks; ++k) {
+      if (!is_row || k * kLanes >= blocks_left) break;
+      if (kAligned)
+        blocks[k].load(in + k * kStep);
+      else
+        blocks[k].load(in + k * kStep * stride, rows.num_columns - column - k * kStep, stride);
+    }
+    NEFT_UNROLL
+    for (int k = 0; k < kBlocks; ++k) {
+      if (k * kLanes >= blocks_left) break;
+      if (magnitude != 0) {
+        uint32_t words[4];
+        set_counter(words, first + k * kLanes, token, rows.stream);
+        philox4x32(words, key);
+        blocks[k].add_noise(magnitude, words);
+      } else if (!is_row) {
+        blocks[k].fill_with_nan();
+      }
+      if (kAligned)
+        blocks[k].store(out + k * kStep);
+      else
+        blocks[k].store(out + k * kStep, rows.num_columns - column - k * kStep);
+    }
+  }
+}
+
+}  // namespace neft

@@ -1,0 +1,115 @@
+// Tensors as rows, and the kernel that gives every row its noise. Mirrors csrc/cpu/tensor_rows.h.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+
+#include "rows.cuh"
+
+namespace neft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Reading another device's memory would end the process's use of this one.
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& data) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == data.get_device_index(), name,
+                  " must be on the CUDA device of the embeddings");
+}
+
+// The arguments that say which noise. The seed and the magnitudes of the tokens are read by the kernel only.
+class Noise {
+ public:
+  Noise(const Tensor& data, const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude,
+        int64_t stream, int64_t first_token, int64_t num_tokens)
+      : seed_(seed), magnitude_(static_cast<float>(magnitude)), stream_(static_cast<uint32_t>(stream)),
+        first_token_(first_token) {
+    STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
+    check_device(seed, "seed", data);
+    if (token_magnitude) {
+      STD_TORCH_CHECK(token_magnitude->scalar_type() == ScalarType::Float && token_magnitude->numel() == num_tokens,
+                      "token_magnitude must be fp32, one element per token");
+      check_device(*token_magnitude, "token_magnitude", data);
+      token_magnitude_ = torch::stable::contiguous(*token_magnitude);
+    }
+  }
+
+  template <class RowOf>
+  void set(Rows<RowOf>& rows) const {
+    rows.seed = static_cast<const int64_t*>(seed_.const_data_ptr());
+    rows.token_magnitude =
+        token_magnitude_ ? static_cast<const float*>(token_magnitude_->const_data_ptr()) : nullptr;
+    rows.magnitude = magnitude_;
+    rows.stream = stream_;
+    rows.first_token = first_token_;
+  }
+
+ private:
+  Tensor seed_;
+  std::optional<Tensor> token_magnitude_;
+  float magnitude_;
+  uint32_t stream_;
+  int64_t first_token_;
+};
+
+template <class Element, bool kAligned, class RowOf>
+__global__ void __launch_bounds__(kLanes* kWarps) noisy_rows_kernel(Rows<RowOf> rows) {
+  const auto index = [](const auto& xyz) { return Index{xyz.x, xyz.y, xyz.z}; };
+  const Place place = place_of<Element>(index(gridDim), index(blockDim), index(blockIdx), index(threadIdx));
+  add_noise_to_rows<Element, kAligned>(rows, place);
+}
+
+template <class Element, class RowOf>
+void launch(Rows<RowOf>& rows, cudaStream_t stream) {
+  constexpr int kColumns = ColumnBlock<Element>::kColumns, kSize = sizeof(typename Element::Bits);
+  const int64_t num_blocks = (rows.num_columns + kColumns - 1) / kColumns;
+  STD_TORCH_CHECK(num_blocks <= std::numeric_limits<int32_t>::max(), "rows of ", rows.num_columns,
+                  " columns are too wide");
+  rows.num_blocks = static_cast<uint32_t>(num_blocks);
+
+  const auto is_aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  const bool aligned = rows.num_columns % kColumns == 0 && rows.column_stride == 1 &&
+                       rows.row_stride * kSize % 16 == 0 && is_aligned(rows.in) && is_aligned(rows.out);
+  const auto dim = [](Index index) { return dim3(index.x, index.y, index.z); };
+  const LaunchShape shape = launch_shape<Element>(rows.num_tokens, rows.num_blocks);
+  const dim3 grid = dim(shape.grid), threads = dim(shape.threads);
+  if (aligned)
+    noisy_rows_kernel<Element, true><<<grid, threads, 0, stream>>>(rows);
+  else
+    noisy_rows_kernel<Element, false><<<grid, threads, 0, stream>>>(rows);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// out[token] = data[row_of(token)] + noise, for every token. `out` is contiguous. Does not wait for the device.
+template <class RowOf>
+void add_noise_to_rows(const Tensor& data, RowOf row_of, int64_t row_stride, int64_t column_stride, const Tensor& out,
+                       int64_t num_tokens, int64_t num_columns, const Noise& noise) {
+  if (num_tokens == 0 || num_columns == 0) return;
+  Rows<RowOf> rows{data.const_data_ptr(), out.mutable_data_ptr(), row_of, row_stride, column_stride, num_tokens,
+                   num_columns};
+  noise.set(rows);
+
+  const torch::stable::accelerator::DeviceGuard guard(data.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(data.get_device_index(), &stream));
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (data.scalar_type()) {
+    case ScalarType::Float: return launch<Fp32>(rows, cuda_stream);
+    case ScalarType::Double: return launch<Fp64>(rows, cuda_stream);
+    case ScalarType::Half: return launch<Fp16>(rows, cuda_stream);
+    case ScalarType::BFloat16: return launch<Bf16>(rows, cuda_stream);
+    default: throw std::invalid_argument("the element type must be fp32, fp64, fp16 or bf16");
+  }
+}
+
+}  // namespace neft
