@@ -32,7 +32,7 @@ def sources(folder: str) -> list[str]:
 
 
 def headers() -> list[str]:
-    return sorted(map(str, Path("csrc").glob("**/*.h")))
+    return sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
 
 
 def extensions() -> dict:

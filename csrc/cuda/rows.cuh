@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 
 #include "elements.cuh"
 
@@ -30,13 +31,14 @@ struct Rows {
   RowOf row_of;
   int64_t row_stride, column_stride;  // of `in`, in elements
   int64_t num_tokens, num_columns;
-  uint32_t num_blocks;  // of columns, in a row
 
   const int64_t* seed;
   const float* token_magnitude;  // null: every token gets `magnitude`
   float magnitude;
   uint32_t stream;
   int64_t first_token;
+
+  uint32_t num_blocks = 0;  // of columns, in a row; plan_launch() says
 };
 
 struct RowOfToken {
@@ -61,25 +63,39 @@ struct Index {
   uint32_t x, y, z;
 };
 
-struct LaunchShape {
+struct LaunchPlan {
   Index grid, threads;
+  // Whether all blocks of columns are whole, and lie on multiples of 16 bytes in `in` and in `out`.
+  bool aligned;
 };
 
-template <class Element>
-LaunchShape launch_shape(int64_t num_tokens, uint32_t num_blocks) {
-  constexpr int64_t kMaxGridX = 0x7FFFFFFF, kMaxGridY = 65535;
+// Sets rows.num_blocks.
+template <class Element, class RowOf>
+LaunchPlan plan_launch(Rows<RowOf>& rows) {
+  constexpr int64_t kMaxGridX = 0x7FFFFFFF, kMaxGridY = 65535, kMaxBlocks = 0x7FFFFFFF;
+  constexpr int kColumns = ColumnBlock<Element>::kColumns, kSize = sizeof(typename Element::Bits);
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+
+  const int64_t num_blocks = ceil_div(rows.num_columns, kColumns);
+  if (num_blocks > kMaxBlocks) throw std::invalid_argument("the rows have too many columns");
+  rows.num_blocks = static_cast<uint32_t>(num_blocks);
+
+  const auto on_16_bytes = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  const bool aligned = rows.num_columns % kColumns == 0 && rows.column_stride == 1 &&
+                       rows.row_stride * kSize % 16 == 0 && on_16_bytes(rows.in) && on_16_bytes(rows.out);
+
   const int64_t warps_of_row = ceil_div(num_blocks, kBlocksPerWarp<Element>);
   // As many warps on a row as leave the fewest without work.
   uint32_t warps = kWarps;
   for (uint32_t fewer = warps / 2; fewer > 0; fewer /= 2)
     if (ceil_div(warps_of_row, fewer) * fewer < ceil_div(warps_of_row, warps) * warps) warps = fewer;
 
-  const uint32_t rows = kWarps / warps;
-  const int64_t row_groups = ceil_div(num_tokens, rows), grid_z = ceil_div(row_groups, kMaxGridX);
+  const uint32_t rows_of_block = kWarps / warps;
+  const int64_t row_groups = ceil_div(rows.num_tokens, rows_of_block), grid_z = ceil_div(row_groups, kMaxGridX);
   const int64_t grid_x = ceil_div(row_groups, grid_z), grid_y = std::min(ceil_div(warps_of_row, warps), kMaxGridY);
   return {{static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y), static_cast<uint32_t>(grid_z)},
-          {kLanes, warps, rows}};
+          {kLanes, warps, rows_of_block},
+          aligned};
 }
 
 struct Place {
@@ -96,7 +112,6 @@ NEFT_FUNCTION Place place_of(Index grid, Index threads, Index block, Index threa
           grid.y * threads.y * kBlocksPerWarp<Element>};
 }
 
-// `kAligned`: all blocks are whole, with their columns side by side on multiples of 16 bytes, in `in` and in `out`.
 template <class Element, bool kAligned, class RowOf>
 NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
   using Block = ColumnBlock<Element>;

@@ -10,7 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <stdexcept>
 
@@ -70,20 +69,10 @@ __global__ void __launch_bounds__(kLanes* kWarps) noisy_rows_kernel(Rows<RowOf> 
 }
 
 template <class Element, class RowOf>
-void launch(Rows<RowOf>& rows, cudaStream_t stream) {
-  constexpr int kColumns = ColumnBlock<Element>::kColumns, kSize = sizeof(typename Element::Bits);
-  const int64_t num_blocks = (rows.num_columns + kColumns - 1) / kColumns;
-  STD_TORCH_CHECK(num_blocks <= std::numeric_limits<int32_t>::max(), "rows of ", rows.num_columns,
-                  " columns are too wide");
-  rows.num_blocks = static_cast<uint32_t>(num_blocks);
-
-  const auto is_aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  const bool aligned = rows.num_columns % kColumns == 0 && rows.column_stride == 1 &&
-                       rows.row_stride * kSize % 16 == 0 && is_aligned(rows.in) && is_aligned(rows.out);
-  const auto dim = [](Index index) { return dim3(index.x, index.y, index.z); };
-  const LaunchShape shape = launch_shape<Element>(rows.num_tokens, rows.num_blocks);
-  const dim3 grid = dim(shape.grid), threads = dim(shape.threads);
-  if (aligned)
+void launch(Rows<RowOf> rows, cudaStream_t stream) {
+  const LaunchPlan plan = plan_launch<Element>(rows);
+  const dim3 grid(plan.grid.x, plan.grid.y, plan.grid.z), threads(plan.threads.x, plan.threads.y, plan.threads.z);
+  if (plan.aligned)
     noisy_rows_kernel<Element, true><<<grid, threads, 0, stream>>>(rows);
   else
     noisy_rows_kernel<Element, false><<<grid, threads, 0, stream>>>(rows);
