@@ -1,0 +1,309 @@
+"""Contract: the CUDA kernels' own code, run on the host, gives what neft_kernels.reference gives, bit for bit.
+
+csrc/noise.h function by function, then whole launches of csrc/cuda/rows.cuh, thread by thread: every element is written
+exactly once, no byte beside the tensors is touched, and the index arithmetic holds beyond 2**31 elements. What a GPU adds
+to this (nvcc's code, CUDA's conversions to half precision) is seen by tools/check_gpu.py and by the tests on a GPU.
+"""
+
+import ctypes
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DTYPES, equal_bits
+from torch.utils import cpp_extension
+
+from neft_kernels import reference
+
+ROOT = Path(__file__).parent.parent
+KNOWN_ANSWERS = json.loads((Path(__file__).parent / "vectors" / "philox4x32_10.json").read_text())
+ELEMENTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of emulation.cpp
+FAULT = -1
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    target = tmp_path_factory.mktemp("cuda_emulation") / "emulation.so"
+    include = [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths())]
+    flags = ["-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror", "-shared", "-fPIC"]
+    source = Path(__file__).parent / "cuda_emulation" / "emulation.cpp"
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, *include, "-o", target, source], check=True)
+    loaded = ctypes.CDLL(str(target))
+    loaded.token_of.restype = ctypes.c_int64
+    return loaded
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+# --- csrc/noise.h ----------------------------------------------------------------------------------------------------
+
+
+def words_of(hexadecimal):
+    return (ctypes.c_uint32 * len(hexadecimal))(*(int(word, 16) for word in hexadecimal))
+
+
+@pytest.mark.parametrize("case", KNOWN_ANSWERS["cases"], ids=lambda case: case["counter"][0])
+def test_philox_known_answers(library, case):
+    output = (ctypes.c_uint32 * 4)()
+    library.philox(words_of(case["counter"]), words_of(case["key"]), output)
+    assert list(output) == list(words_of(case["output"]))
+    counter, key = ([torch.tensor(int(word, 16)) for word in case[name]] for name in ("counter", "key"))
+    assert [int(word) for word in reference.philox4x32(tuple(counter), tuple(key))] == list(output)
+
+
+IDENTITIES = ((0, 0, 0), (-1, 2**32 - 1, 2**32 - 2), (2**62 + 13, 7, 2**61), (-(2**63), 2**31, 2**63 - 5))
+
+
+@pytest.mark.parametrize(("seed", "stream", "first_token"), IDENTITIES)
+def test_noise_of_a_block(library, seed, stream, first_token):
+    """Counter and key are put together, and words made into numbers, as the reference does."""
+    tokens = first_token + torch.arange(3)
+    for dtype, columns, convert in (
+        (torch.float32, 4, library.uniforms_from_words),
+        (torch.bfloat16, 8, library.uniforms_from_halves),
+    ):
+        expected = reference.uniform(tokens, 5 * columns, dtype, torch.tensor([seed]), stream)
+        for row, token in enumerate(tokens.tolist()):
+            for block in range(5):
+                words, u = (ctypes.c_uint32 * 4)(), torch.empty(columns)
+                arguments = (ctypes.c_uint32(block), ctypes.c_int64(token), ctypes.c_uint32(stream))
+                library.block_words(*arguments, ctypes.c_int64(seed), words)
+                convert(words, ctypes.c_int64(4), pointer(u))
+                assert torch.equal(u, expected[row, block * columns : (block + 1) * columns])
+
+
+def test_uniform_of_every_half_word(library):
+    words = torch.arange(65536, dtype=torch.int64)
+    words = (words | (65535 - words) << 16).to(torch.int32)
+    u = torch.empty(65536, 2)
+    library.uniforms_from_halves(pointer(words), ctypes.c_int64(65536), pointer(u))
+    exact = (2 * torch.arange(65536, dtype=torch.float64) - 65535) / 65536
+    assert torch.equal(u.double(), torch.stack((exact, exact.flip(0)), dim=1))
+
+
+def test_uniform_of_words(library):
+    edges = torch.tensor([0, 1, 255, 256, 2**31 - 1, 2**31, 2**32 - 256, 2**32 - 1])
+    words = torch.cat((edges, torch.randint(2**32, (10000,)))).to(torch.int32)
+    u = torch.empty(len(words))
+    library.uniforms_from_words(pointer(words), ctypes.c_int64(len(words)), pointer(u))
+    assert torch.equal(u.double(), ((words >> 8) | 1).double() / 2**23)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_product_and_sum_round_separately(library, dtype):
+    w, m, u = torch.randn(3, 100000, dtype=dtype)
+    out = torch.empty_like(w)
+    add = library.add_scaled_fp32 if dtype == torch.float32 else library.add_scaled_fp64
+    add(pointer(w), pointer(m), pointer(u), ctypes.c_int64(len(w)), pointer(out))
+    assert torch.equal(out, w + m * u)
+    if dtype == torch.float32:
+        fused = (w.double() + m.double() * u.double()).float()
+        assert (fused != out).float().mean() > 0.05  # so a fused multiply-add would show
+
+
+# --- whole launches --------------------------------------------------------------------------------------------------
+
+
+class Arguments(ctypes.Structure):
+    """As in emulation.cpp."""
+
+    _fields_ = (
+        ("element", ctypes.c_int32),
+        ("id_bytes", ctypes.c_int32),
+        ("storage", ctypes.c_void_p),
+        ("storage_bytes", ctypes.c_int64),
+        ("in_offset_bytes", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("column_stride", ctypes.c_int64),
+        ("num_rows", ctypes.c_int64),
+        ("ids", ctypes.c_void_p),
+        ("token_magnitude", ctypes.c_void_p),
+        ("seed", ctypes.c_int64),
+        ("first_token", ctypes.c_int64),
+        ("num_tokens", ctypes.c_int64),
+        ("num_columns", ctypes.c_int64),
+        ("magnitude", ctypes.c_float),
+        ("stream", ctypes.c_uint32),
+        ("guard_after", ctypes.c_int32),
+        ("few_threads", ctypes.c_int32),
+        ("out", ctypes.c_void_p),
+        ("times_written", ctypes.c_void_p),
+    )
+
+
+def emulate(library, rows, ids=None, token_magnitude=None, magnitude=0.0, identity=IDENTITIES[1], **switches):
+    """What the launch returns (1: 16-byte accesses, 0: not, FAULT) and its output, every byte of it written once."""
+    seed, stream, first_token = identity
+    num_tokens = len(rows) if ids is None else len(ids)
+    out = torch.empty(num_tokens, rows.shape[1], dtype=rows.dtype)
+    times_written = torch.zeros(out.numel() * out.element_size(), dtype=torch.uint8)
+    arguments = Arguments(
+        element=ELEMENTS.index(rows.dtype),
+        id_bytes=0 if ids is None else ids.element_size(),
+        storage=rows.untyped_storage().data_ptr(),
+        storage_bytes=rows.untyped_storage().nbytes(),
+        in_offset_bytes=rows.storage_offset() * rows.element_size(),
+        row_stride=rows.stride(0),
+        column_stride=rows.stride(1),
+        num_rows=switches.pop("num_rows", len(rows)),
+        ids=pointer(ids),
+        token_magnitude=pointer(token_magnitude),
+        seed=seed,
+        first_token=first_token,
+        num_tokens=num_tokens,
+        num_columns=rows.shape[1],
+        magnitude=magnitude,
+        stream=stream,
+        out=out.data_ptr(),
+        times_written=times_written.data_ptr(),
+        **switches,
+    )
+    result = library.emulate(ctypes.byref(arguments))
+    assert result == FAULT or (times_written == 1).all()
+    return result, out
+
+
+def expected_of(rows, ids=None, token_magnitude=None, magnitude=0.0, identity=IDENTITIES[1]):
+    seed, stream, first_token = identity
+    noise = (torch.tensor([seed]), token_magnitude, magnitude, stream, first_token)
+    if ids is None:
+        return reference.add_noise(rows, *noise)
+    valid = (ids >= 0) & (ids < len(rows))
+    out = reference.noisy_embedding(torch.where(valid, ids, 0), rows, *noise)
+    out[~valid] = math.nan
+    return out
+
+
+def table(dtype, width, num_rows=8):
+    return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+
+
+def ids_of(dtype, num_rows=8):
+    """In and out of range, and out of it only if read as unsigned or cut to 32 bits."""
+    far = 2**31 - 1 if dtype == torch.int32 else 2**32
+    return torch.tensor([0, num_rows - 1, num_rows, -1, 3, far, -far], dtype=dtype)
+
+
+PER_TOKEN = torch.tensor([0.5, 0.0, 0.0, 1e-3, 3.0, 0.25, 1.0])  # a zero on a row in range and on one out of range
+
+# Around a vector, a block of columns, a warp's piece of a row, and a block of threads.
+WIDTHS = (1, 3, 4, 8, 9, 31, 64, 127, 130, 512, 516, 1032, 2048, 4160, 5003)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_launches(library, dtype, width):
+    rows = table(dtype, width)
+    columns_per_block = 8 if dtype.itemsize == 2 else 4
+    for ids in (None, ids_of(torch.int32), ids_of(torch.int64)):
+        noises = [{"magnitude": 0.3}, {"token_magnitude": PER_TOKEN if ids is not None else torch.rand(8)}]
+        for noise in noises:
+            for switches in ({"guard_after": 1}, {"guard_after": 0, "few_threads": 1}):
+                aligned, out = emulate(library, rows, ids, **noise, **switches)
+                assert aligned == (width % columns_per_block == 0)
+                assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise, switches)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_seeds_streams_and_tokens(library, dtype, identity):
+    rows = table(dtype, 40)
+    _, out = emulate(library, rows, magnitude=0.3, identity=identity)
+    assert equal_bits(out, expected_of(rows, magnitude=0.3, identity=identity))
+
+
+LAYOUTS = {  # of a table of [9, 64], and whether 16-byte accesses are possible
+    "rows apart": (lambda t: torch.cat([t, t], dim=1)[:, :64], True),
+    "rows an odd number of elements apart": (lambda t: torch.cat([t, t[:, :1]], dim=1)[:, :64], False),
+    "columns apart": (lambda t: t.repeat_interleave(3, dim=1)[:, ::3], False),
+    "transposed": (lambda t: t.T.contiguous().T, False),
+    "off by one element": (lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape), False),
+    "one row for all": (lambda t: t[:1].expand(t.shape), True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(library, layout, dtype):
+    make, aligned = LAYOUTS[layout]
+    rows = make(table(dtype, 64, 9))
+    for ids in (None, ids_of(torch.int64, 9)):
+        for guard_after in (0, 1):
+            got, out = emulate(library, rows, ids, magnitude=0.3, guard_after=guard_after)
+            if not (
+                guard_after and rows.untyped_storage().nbytes() % 16
+            ):  # an odd size ends on the guard, so starts off 16
+                assert got == aligned
+            assert equal_bits(out, expected_of(rows, ids, magnitude=0.3))
+
+
+def test_magnitude_zero_copies_the_bits(library):
+    for dtype, bits in ((torch.bfloat16, torch.int16), (torch.float16, torch.int16), (torch.float32, torch.int32)):
+        rows = torch.randint(-(2**15), 2**15, (8, 64)).to(bits).view(dtype)  # signalling NaN among them
+        for view in (rows, rows[:, :63]):
+            _, out = emulate(library, view, magnitude=0.0)
+            assert torch.equal(out.view(bits), view.contiguous().view(bits))
+
+
+def test_a_touch_beside_the_table_is_noticed(library):
+    """The guard of the tests above: an id that is in range of no row but passes for one."""
+    result, _ = emulate(
+        library, table(torch.float32, 1024), ids_of(torch.int64), num_rows=9, magnitude=0.3, guard_after=1
+    )
+    assert result == FAULT
+
+
+# --- large launches --------------------------------------------------------------------------------------------------
+
+
+class Index(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_uint32), ("y", ctypes.c_uint32), ("z", ctypes.c_uint32))
+
+    def last(self):
+        return Index(self.x - 1, self.y - 1, self.z - 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_columns", [1, 64, 4096, 5120, 2**30, 2**32])
+@pytest.mark.parametrize("num_tokens", [1, 65536, 70001, 2**31 + 5, 2**33 - 1, 2**36 + 1])
+def test_grids_keep_to_the_limits_and_reach_every_token_once(library, num_tokens, num_columns, dtype):
+    found = (ctypes.c_uint32 * 6)()
+    element = ELEMENTS.index(dtype)
+    library.plan(element, ctypes.c_int64(num_tokens), ctypes.c_int64(num_columns), found)
+    grid, threads = Index(*found[:3]), Index(*found[3:])
+    assert 1 <= grid.x <= 2**31 - 1
+    assert 1 <= grid.y <= 65535
+    assert 1 <= grid.z <= 65535
+    assert threads.x * threads.y * threads.z == 128
+
+    def token(block, thread):
+        return library.token_of(*(ctypes.byref(index) for index in (grid, threads, block, thread)))
+
+    # Consecutive tokens: along the threads, from one block to the next, from one z to the next, and to the very last.
+    rows_of_block = threads.z
+    assert token(Index(0, 0, 0), Index(0, 0, 0)) == 0
+    assert token(Index(0, 0, 0), Index(5, 0, rows_of_block - 1)) == rows_of_block - 1
+    assert token(Index(grid.x - 1, 0, 0), Index(0, 0, 0)) == (grid.x - 1) * rows_of_block
+    assert token(Index(0, 0, grid.z - 1), Index(0, 0, 0)) == (grid.z - 1) * grid.x * rows_of_block
+    beyond = token(grid.last(), threads.last()) + 1
+    assert beyond == grid.x * grid.z * rows_of_block
+    assert num_tokens <= beyond < num_tokens + (grid.z + 1) * rows_of_block
+
+
+def test_more_than_two_to_the_31_elements(library):
+    """The last row of an output of 2**33 elements, of which memory holds that row only."""
+    num_tokens, num_columns, seed = 2**21 + 3, 4097, 11
+    row, last_row = torch.randn(num_columns), torch.empty(num_columns)
+    sizes = (ctypes.c_int64(num_tokens), ctypes.c_int64(num_columns))
+    result = library.emulate_last_row(
+        pointer(row), *sizes, ctypes.c_int64(seed), ctypes.c_float(0.3), pointer(last_row)
+    )
+    assert result == 0
+    identity = (seed, 0, num_tokens - 1)
+    assert equal_bits(last_row[None], expected_of(row[None], magnitude=0.3, identity=identity))
