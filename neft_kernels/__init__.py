@@ -4,11 +4,14 @@ from neft_kernels import replace_embeddings
 replace_embeddings(model, alpha=5.0)          # then train as usual
 """
 
+from typing import Any
+
 from neft_kernels.autograd import NoisyEmbedding, add_noise, noisy_embedding
-from neft_kernels.huggingface import describe, no_noise, replace_embeddings, restore_embeddings
+from neft_kernels.huggingface import no_noise, replace_embeddings, restore_embeddings, set_alpha
 from neft_kernels.magnitude import noise_magnitude
 from neft_kernels.modules import NEFTuneEmbedding
 from neft_kernels.ops import available_backends
+from neft_kernels.reporting import describe
 
 __all__ = [
     "NEFTuneEmbedding",
@@ -21,6 +24,16 @@ __all__ = [
     "noisy_embedding",
     "replace_embeddings",
     "restore_embeddings",
+    "set_alpha",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The two names that need transformers, which only they import. For that reason they are not in ``__all__``."""
+    if name in ("NEFTuneCallback", "patch_transformers"):
+        from neft_kernels import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

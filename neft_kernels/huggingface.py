@@ -9,27 +9,29 @@ they are called with.
 """
 
 import contextlib
-import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from neft_kernels import ops
-from neft_kernels.modules import NO_SEQUENCES, AddNoise, NEFTuneEmbedding, Noise, NoiseSettings, Sequences
+from neft_kernels.modules import HOOK_ATTRIBUTE, AddNoise, NEFTuneEmbedding, Noise, NoiseSettings
+from neft_kernels.reporting import noisy_modules
+from neft_kernels.watching import WatchSequences, modules_to_watch
 
-__all__ = ["EmbeddingReport", "Report", "describe", "no_noise", "replace_embeddings", "restore_embeddings"]
+__all__ = ["no_noise", "replace_embeddings", "restore_embeddings", "set_alpha"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def replace_embeddings(
     model: Model,
-    alpha: float = 5.0,
+    alpha: float | Callable[[int], float] = 5.0,
     *,
     scale_by: str = "sequence",
+    noise_on: str = "all",
     stream: int | None = None,
     backend: str | None = None,
 ) -> Model:
@@ -41,10 +43,14 @@ def replace_embeddings(
 
     Args:
         model: a transformers model, a PEFT model, or any module with ``get_input_embeddings()`` or one ``nn.Embedding``.
-        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper.
+        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper. A callable is a schedule: it is given the number of forward
+            passes in training so far, or the Trainer's global step under :class:`neft_kernels.NEFTuneCallback`, and returns
+            alpha. :func:`set_alpha` changes it at any time.
         scale_by: "sequence" scales by each sequence's true length, from ``attention_mask``, ``position_ids`` or
             ``cu_seq_lens_q`` where the model is given them, and leaves padding alone; "batch" scales by the padded length,
             as the Hugging Face hook does.
+        noise_on: "all" tokens, or those of the "prompt" or of the "completion" only, as the ``labels`` that the model is
+            given tell them apart (-100 is prompt); decoder-only models.
         stream: which of the noise streams under one seed; None: the rank of this process, so that data-parallel replicas
             that are seeded alike draw different noise.
         backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the embedding's device.
@@ -57,15 +63,18 @@ def replace_embeddings(
             noisy; the model is then unchanged.
         RuntimeError: the backend asked for cannot run here.
     """
-    settings = NoiseSettings(alpha, scale_by, stream, backend)
+    settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend)
     embeddings = _token_embeddings(model)
+    if noise_on != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
     if backend is not None:
         for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
             ops.choose_backend(device, backend)
 
     restore_embeddings(model)
+    names = {module: name for name, module in model.named_modules()}
     for module in embeddings:
-        noise = Noise(settings)
+        noise = Noise(settings, names[module])
         if _is_plain(module):
             module.__class__ = NEFTuneEmbedding
             module.noise = noise  # type: ignore[assignment]
@@ -73,10 +82,10 @@ def replace_embeddings(
             module.noise = noise
         else:
             module.register_forward_hook(AddNoise(noise))
-    for module in _around(model, embeddings):
-        watch = _WatchSequences(settings, _parameters_of_forward(module))
-        module.register_forward_pre_hook(watch.enter, with_kwargs=True)
-        module.register_forward_hook(watch.leave, always_call=True)
+        if HOOK_ATTRIBUTE in module.__dict__:
+            ops.logger.warning("%s: noise %s; to use neft_kernels instead, unset it", noise.name, noise.state(module))
+    for module in modules_to_watch(model, embeddings):
+        WatchSequences(settings, module, outermost=module is model).attach(module)
     return model
 
 
@@ -96,7 +105,7 @@ def restore_embeddings(model: Model) -> Model:
 @contextlib.contextmanager
 def no_noise(model: nn.Module) -> Iterator[None]:
     """Within this context the embeddings of `model` are the plain ones, in training mode too."""
-    settings = {id(noise.settings): noise.settings for _, _, noise in _noisy(model)}.values()
+    settings = {id(noise.settings): noise.settings for _, _, noise in noisy_modules(model)}.values()
     before = [each.enabled for each in settings]
     try:
         for each in settings:
@@ -107,81 +116,22 @@ def no_noise(model: nn.Module) -> Iterator[None]:
             each.enabled = enabled
 
 
-# --- is it on? -------------------------------------------------------------------------------------------------------
+def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: int | None = None) -> None:
+    """Changes alpha of the noisy embeddings of `model`; a compiled model is compiled again at most once for it.
 
+    Args:
+        model: a model that :func:`replace_embeddings` made noisy.
+        alpha: the new noise scale, >= 0, or a schedule of the step.
+        step: the step that a schedule is at, until it is told again; None: forward passes are counted.
 
-@dataclass(frozen=True)
-class EmbeddingReport:
-    """One noisy embedding, as :func:`describe` found it."""
-
-    name: str
-    module: str  # class of the module
-    strategy: str  # "fused" or "add_noise"
-    alpha: float
-    scale_by: str
-    stream: int | None
-    backend: str
-    state: str  # "on", or why there is no noise at this moment
-    last_magnitude: tuple[float, float] | None  # smallest and largest of the last batch that had noise
-    note: str
-
-    def __str__(self) -> str:
-        if self.last_magnitude is None:
-            last = "no batch with noise yet"
-        elif self.last_magnitude[0] == self.last_magnitude[1]:
-            last = f"last batch within +-{self.last_magnitude[1]:.3g}"
-        else:
-            last = f"last batch within +-{self.last_magnitude[0]:.3g} to {self.last_magnitude[1]:.3g} by token"
-        stream = "this rank" if self.stream is None else self.stream
-        return (
-            f"{self.name} ({self.module}): noise {self.state}; alpha={self.alpha:g} by {self.scale_by}, {self.strategy} on "
-            f"backend {self.backend!r}, stream {stream}; {last}" + (f" [{self.note}]" if self.note else "")
-        )
-
-
-class Report(tuple[EmbeddingReport, ...]):
-    """The noisy embeddings of a model; ``str()`` of it is for people."""
-
-    def __str__(self) -> str:
-        return (
-            "\n".join(map(str, self)) or "no noisy embeddings: replace_embeddings(model) was not called, or was undone"
-        )
-
-
-def describe(model: nn.Module) -> Report:
-    """Which embeddings of `model` are noisy, how, and whether the noise is on at this moment. Reads magnitudes back."""
-    return Report(_report(name, module, noise) for name, module, noise in _noisy(model))
-
-
-def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
-    settings, last = noise.settings, noise.last_magnitude
-    if isinstance(last, torch.Tensor):
-        smallest, largest = (value.item() for value in last.aminmax())
-        last_magnitude: tuple[float, float] | None = (smallest, largest)
-    else:
-        last_magnitude = None if last is None else (last, last)
-    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    return EmbeddingReport(
-        name=name or "(the model itself)",
-        module=type(module).__name__,
-        strategy="fused" if isinstance(module, NEFTuneEmbedding) else "add_noise",
-        alpha=settings.alpha,
-        scale_by=settings.scale_by,
-        stream=settings.stream,
-        backend=ops.choose_backend(device, settings.backend),
-        state=noise.state(module.training),
-        last_magnitude=last_magnitude,
-        note=noise.note,
-    )
-
-
-def _noisy(model: nn.Module) -> Iterator[tuple[str, nn.Module, Noise]]:
-    for name, module in model.named_modules():
-        if isinstance(module, NEFTuneEmbedding) and module.noise is not None:
-            yield name, module, module.noise
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, AddNoise):
-                yield name, module, hook.noise
+    Raises:
+        TypeError, ValueError: `alpha` is no number >= 0, or `model` has no noisy embeddings.
+    """
+    settings = {id(noise.settings): noise.settings for _, _, noise in noisy_modules(model)}.values()
+    if not settings:
+        raise ValueError("model has no noisy embeddings; call replace_embeddings(model) first")
+    for each in settings:
+        each.set_alpha(alpha, step)
 
 
 # --- which embeddings ------------------------------------------------------------------------------------------------
@@ -194,6 +144,8 @@ def _token_embeddings(model: nn.Module) -> list[nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        return _token_embeddings(model.module)
     lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     get_input_embeddings = getattr(model, "get_input_embeddings", None)
     if get_input_embeddings is None:
@@ -224,70 +176,10 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-# --- what the forward pass knows of its sequences --------------------------------------------------------------------
-
-_CACHES = ("past_key_values", "past_key_value", "cache_params")
-_FROM_ARGUMENT = {
-    "attention_mask": "attention_mask",
-    "position_ids": "position_ids",
-    "cu_seq_lens_q": "cu_seq_lens",
-    "cu_seq_lens": "cu_seq_lens",
-}
-
-
-class _WatchSequences:
-    """Hooks on a module around an embedding: what it is called with holds while its forward runs.
-
-    The innermost module that takes an argument decides on it: a decoder's ``attention_mask`` is its own, not the encoder's.
-    """
-
-    def __init__(self, settings: NoiseSettings, parameters: tuple[str, ...]) -> None:
-        self.settings = settings
-        self.parameters = parameters
-        self.outside: Sequences | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "outside": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_WatchSequences":
-        # A module's hooks are copied before its submodules, so the embeddings below follow.
-        return _WatchSequences(self.settings.own_copy(memo), self.parameters)
-
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict.fromkeys(self.parameters) | dict(zip(self.parameters, args, strict=False)) | kwargs
-        known = {
-            attribute: given[argument] if isinstance(given[argument], torch.Tensor) else None
-            for argument, attribute in _FROM_ARGUMENT.items()
-            if argument in given
-        }
-        generating = any(given.get(name) is not None for name in _CACHES)
-        outside = self.outside = self.settings.sequences
-        self.settings.sequences = replace(outside, **known, generating=outside.generating or generating)
-
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.settings.sequences, self.outside = self.outside or NO_SEQUENCES, None
-
-
-def _around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
-    """`model`, and the modules between it and its embeddings that are called with what tells lengths."""
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in embeddings]
-    paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-    found = [model]
-    for path in sorted(paths):
-        module = model.get_submodule(path)
-        if module not in found and set(_parameters_of_forward(module)) & {*_FROM_ARGUMENT, *_CACHES}:
-            found.append(module)
-    return found
-
-
-def _parameters_of_forward(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
-
-
 def _remove_hooks(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(hook, AddNoise) or isinstance(getattr(hook, "__self__", None), _WatchSequences):
+            if isinstance(hook, AddNoise) or isinstance(getattr(hook, "__self__", None), WatchSequences):
                 for registry in (
                     hooks,
                     module._forward_hooks_always_called,

@@ -7,36 +7,44 @@ from torch import Tensor
 
 from neft_kernels.ops import broadcasts
 
-__all__ = ["SCALES", "check_alpha", "noise_magnitude"]
+__all__ = ["NOISE_ON", "SCALES", "check_alpha", "check_choice", "noise_magnitude"]
 
 SCALES = ("sequence", "batch")
+NOISE_ON = ("all", "prompt", "completion")
+IGNORED_LABEL = -100  # of torch.nn.functional.cross_entropy, and so of every collator
 
 
 def noise_magnitude(
     input_ids: Tensor,
     embedding_dim: int,
-    alpha: float,
+    alpha: float | Tensor,
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
+    labels: Tensor | None = None,
     scale_by: str = "sequence",
+    noise_on: str = "all",
 ) -> float | Tensor:
     """NEFTune's noise magnitude, ``alpha / sqrt(L * embedding_dim)``, for every token.
 
     Args:
         input_ids: ``[L]`` or ``[..., L]``; only its shape and device count. A 0-D id is no sequence and gets no noise.
         embedding_dim: ``d``, the width of the embedding.
-        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper.
+        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper. A tensor of one float64 element makes the result a tensor
+            too, and is not looked at: for schedules inside compiled graphs.
         attention_mask: shape of `input_ids`; 0 where a token is padding. Values above 1 number the sequences that are
             packed into a row, as some packing collators have it.
         position_ids: ``[..., L]``, broadcastable to `input_ids`; a new sequence begins wherever the position does not
-            follow on the one before it.
+            follow on the one before it. Single tokens at the end of a row are taken for padding.
         cu_seq_lens: ``[N + 1]``, the cumulative lengths of the sequences that are packed into the only row of
             `input_ids`, beginning with 0. Tokens after the last one are padding.
         scale_by: "sequence": ``L`` is the true length of the token's own sequence, and padding gets no noise, as in the
             paper's training code. "batch": ``L`` is ``input_ids.shape[-1]``, noise everywhere, as in the Hugging Face hook;
             the masks are ignored.
+        labels: shape of `input_ids`, -100 for what is not learned; tells the prompt from the completion.
+        noise_on: "all" tokens, or only those of the "prompt" (whose label is -100) or of the "completion"; the lengths
+            stay those of the whole sequences.
 
     Returns:
         A number where one holds for all tokens, else float32 of the shape of `input_ids`. Both are computed in float64,
@@ -45,15 +53,36 @@ def noise_magnitude(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or value; the message names it.
     """
-    check_alpha(alpha)
-    check_scale_by(scale_by)
+    check_choice("scale_by", scale_by, SCALES)
+    check_choice("noise_on", noise_on, NOISE_ON)
+    if not isinstance(alpha, Tensor):
+        check_alpha(alpha)
     if input_ids.ndim == 0 or input_ids.numel() == 0:
         return 0.0
     if embedding_dim < 1:
         raise ValueError(f"embedding_dim must be at least 1, not {embedding_dim}")
     if scale_by == "batch" or (attention_mask is None and position_ids is None and cu_seq_lens is None):
-        return _magnitude(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
+        magnitude = _magnitude(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
+    else:
+        magnitude = _magnitude_by_sequence(alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens)
+    if noise_on == "all":
+        return magnitude
+    if labels is None:
+        raise ValueError(f"noise_on={noise_on!r} needs labels")
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels must have the shape of input_ids, {list(input_ids.shape)}, not {list(labels.shape)}")
+    chosen = (labels == IGNORED_LABEL) == (noise_on == "prompt")
+    return (chosen.to(_wide(input_ids.device)) * magnitude).to(torch.float32)
 
+
+def _magnitude_by_sequence(
+    alpha: float | Tensor,
+    input_ids: Tensor,
+    embedding_dim: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+) -> Tensor:
     # Every token's sequence, by number within its row, and whether it belongs to one at all.
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
@@ -73,11 +102,14 @@ def noise_magnitude(
     if attention_mask is not None:
         present = present & (attention_mask != 0)
 
-    tokens_of_sequence = torch.zeros(*input_ids.shape[:-1], input_ids.shape[-1] + 1, dtype=torch.int64).to(
-        input_ids.device
-    )
+    counts_shape = (*input_ids.shape[:-1], input_ids.shape[-1] + 1)
+    tokens_of_sequence = torch.zeros(counts_shape, dtype=torch.int64, device=input_ids.device)
     tokens_of_sequence = tokens_of_sequence.scatter_add(-1, sequence, present.to(torch.int64))
     length_of_token = tokens_of_sequence.gather(-1, sequence)
+    if cu_seq_lens is not None or position_ids is not None:
+        # Collators pad positions with 0 and then give no mask; each padding token at the end looks like a sequence.
+        padding = (length_of_token <= 1).flip(-1).cumprod(-1).flip(-1)
+        present = present & (padding == 0)
     magnitude = alpha / torch.sqrt(length_of_token.clamp(min=1).to(_wide(input_ids.device)) * embedding_dim)
     return torch.where(present, magnitude, 0).to(torch.float32)
 
@@ -90,14 +122,14 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must be finite and >= 0, not {alpha}")
 
 
-def check_scale_by(scale_by: str) -> None:
-    """`scale_by` is one of :data:`SCALES`."""
-    if scale_by not in SCALES:
-        raise ValueError(f"scale_by must be one of {', '.join(SCALES)}, not {scale_by!r}")
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """`value` of argument `name` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def _magnitude(alpha: float, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:
-    if not torch.compiler.is_compiling():
+def _magnitude(alpha: float | Tensor, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:
+    if not isinstance(alpha, Tensor) and not torch.compiler.is_compiling():
         return alpha / math.sqrt(length * embedding_dim)
     # As a number it would be a constant of the compiled graph, which would be compiled again for each new length.
     length_tensor = torch.full((), length * embedding_dim, dtype=_wide(device), device=device)

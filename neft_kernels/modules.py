@@ -1,6 +1,8 @@
 """Modules: when there is noise, how much, and with which seed, around the ops of :mod:`neft_kernels.autograd`."""
 
-from collections.abc import Iterator
+import copy
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +11,17 @@ from torch import Tensor, nn
 
 from neft_kernels import ops
 from neft_kernels.autograd import add_noise, noisy_embedding
-from neft_kernels.magnitude import check_alpha, check_scale_by, noise_magnitude
+from neft_kernels.magnitude import NOISE_ON, SCALES, check_alpha, check_choice, noise_magnitude
 
-__all__ = ["AddNoise", "NEFTuneEmbedding", "Noise", "NoiseSettings", "Sequences"]
+__all__ = [
+    "HOOK_ATTRIBUTE",
+    "NO_SEQUENCES",
+    "AddNoise",
+    "NEFTuneEmbedding",
+    "Noise",
+    "NoiseSettings",
+    "Sequences",
+]
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,7 @@ class Sequences:
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
+    labels: Tensor | None = None
     #: A cache was passed, so tokens are being generated and get no noise.
     generating: bool = False
 
@@ -37,14 +48,14 @@ class Sequences:
         return kept, "; ".join(unusable)
 
     def _given(self) -> Iterator[tuple[str, Tensor]]:
-        for name in ("attention_mask", "position_ids", "cu_seq_lens"):
+        for name in ("attention_mask", "position_ids", "cu_seq_lens", "labels"):
             if (value := getattr(self, name)) is not None:
                 yield name, value
 
     @staticmethod
     def _tells(name: str, value: Tensor, tokens: Tensor) -> bool:
         length = tokens.shape[-1]
-        if name == "attention_mask":
+        if name in ("attention_mask", "labels"):
             return value.shape == tokens.shape
         if name == "position_ids":
             return value.shape[-1:] == tokens.shape[-1:] and ops.broadcasts(value.shape, tokens.shape)
@@ -58,21 +69,49 @@ NO_SEQUENCES = Sequences()
 class NoiseSettings:
     """What the noisy embeddings of one model share."""
 
-    alpha: float = 5.0
+    alpha: float | Callable[[int], float] = 5.0  # a callable is a schedule over `step`
     scale_by: str = "sequence"
+    noise_on: str = "all"
     stream: int | None = None  # None: the rank of this process
     backend: str | None = None
     enabled: bool = True
+    #: Forward passes in training so far, or the step that NEFTuneCallback or set_alpha last told.
+    step: int = 0
+    counts_steps: bool = True
+    #: `alpha` for compiled graphs, once it has been set at run time: as a number it would be a constant of theirs.
+    alpha_tensor: Tensor | None = None
     #: Of the forward pass that is under way.
     sequences: Sequences = NO_SEQUENCES
 
     def __post_init__(self) -> None:
-        check_alpha(self.alpha)
-        check_scale_by(self.scale_by)
+        check_choice("scale_by", self.scale_by, SCALES)
+        check_choice("noise_on", self.noise_on, NOISE_ON)
         if self.stream is not None and not 0 <= self.stream < 1 << 32:
             raise ValueError(f"stream must be None or in [0, 2**32), not {self.stream}")
-        if self.backend is not None and self.backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be None or one of {', '.join(ops.BACKENDS)}, not {self.backend!r}")
+        if self.backend is not None:
+            check_choice("backend", self.backend, ops.BACKENDS)
+        if callable(self.alpha):
+            self.set_alpha(self.alpha)
+        else:
+            check_alpha(self.alpha)
+
+    def set_alpha(self, alpha: float | Callable[[int], float], step: int | None = None) -> None:
+        """Sets `alpha`, and the step that a schedule is at."""
+        at = self.step if step is None else step
+        now = alpha(at) if callable(alpha) else alpha
+        check_alpha(now)
+        self.alpha, self.step, self.counts_steps = alpha, at, step is None
+        if self.alpha_tensor is None:
+            self.alpha_tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.alpha_tensor.fill_(now)
+
+    def current_alpha(self) -> float:
+        """`alpha` at the present step."""
+        if not callable(self.alpha):
+            return self.alpha
+        alpha = self.alpha(self.step)
+        check_alpha(alpha)
+        return alpha
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries no tensors of the pass under way."""
@@ -88,7 +127,8 @@ class NoiseSettings:
     def own_copy(self, memo: dict[int, Any]) -> "NoiseSettings":
         """A copy, which takes the place of these settings in all that the deepcopy under way has yet to copy."""
         if id(self) not in memo:
-            memo[id(self)] = NoiseSettings(**self.__getstate__())
+            twin = memo[id(self)] = copy.copy(self)
+            twin.alpha_tensor = None if self.alpha_tensor is None else self.alpha_tensor.clone()
         return memo[id(self)]
 
 
@@ -97,39 +137,81 @@ class Noise:
     """The noise of one embedding."""
 
     settings: NoiseSettings
-    #: The magnitude of the last forward pass that had noise, and why it was not scaled as asked for.
+    name: str = "embedding"
+    #: The magnitude of the last forward pass that had noise, and why it was not what was asked for.
     last_magnitude: float | Tensor | None = None
     note: str = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_magnitude": None}
 
-    def state(self, training: bool) -> str:
-        """ "on", or why there is no noise at this moment."""
-        if not training:
+    def state(self, module: nn.Module) -> str:
+        """ "on", or why `module` has no noise at this moment."""
+        settings = self.settings
+        if not module.training:
             return "off: evaluation mode"
         if not torch.is_grad_enabled():
             return "off: gradients are disabled"
-        if not self.settings.enabled:
+        if not settings.enabled:
             return "off: inside no_noise"
-        if self.settings.sequences.generating:
+        if settings.sequences.generating:
             return "off: a cache is passed, so the model is generating"
-        return "on" if self.settings.alpha > 0 else "off: alpha is 0"
+        if HOOK_ATTRIBUTE in module.__dict__:
+            return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
+        # Once alpha has been set at run time, compiled graphs must not depend on its value.
+        return "off: alpha is 0" if settings.alpha_tensor is None and settings.alpha == 0 else "on"
 
     def arguments(self, tokens: Tensor, embedding_dim: int, **sequences: Tensor | None) -> dict[str, Any]:
         """The arguments of the op that say which noise `tokens` ``[..., L]`` get; only shape and device of them count.
 
         `sequences` are those of :func:`noise_magnitude`; without any, those of the model's forward pass are used as far as
-        they tell lengths.
+        they can be.
         """
-        settings, note = self.settings, ""
-        if not sequences and settings.sequences is not NO_SEQUENCES and settings.scale_by == "sequence":
+        settings, note, noise_on = self.settings, "", self.settings.noise_on
+        if not sequences and settings.sequences is not NO_SEQUENCES:
             sequences, note = settings.sequences.telling(tokens)  # type: ignore[assignment]
-        magnitude = noise_magnitude(tokens, embedding_dim, settings.alpha, scale_by=settings.scale_by, **sequences)
-        if not torch.compiler.is_compiling():
-            self.last_magnitude, self.note = magnitude, note
+        if noise_on != "all" and sequences.get("labels") is None:
+            note, noise_on = f"no labels seen, so noise is not only on the {noise_on}; {note}".removesuffix("; "), "all"
+
+        compiling = torch.compiler.is_compiling()
+        if compiling and settings.alpha_tensor is not None:
+            alpha: float | Tensor = settings.alpha_tensor.to(tokens.device)
+        else:
+            alpha = settings.current_alpha()
+        magnitude = noise_magnitude(
+            tokens, embedding_dim, alpha, scale_by=settings.scale_by, noise_on=noise_on, **sequences
+        )
+        if not compiling:
+            first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
+            if first and ops.logger.isEnabledFor(logging.INFO):
+                self._log_first(tokens.device)
         stream = _rank() if settings.stream is None else settings.stream
         return {"magnitude": magnitude, "stream": stream, "backend": settings.backend}
+
+    def bounds(self) -> tuple[float, float] | None:
+        """Smallest and largest magnitude of the last noisy batch, over the tokens that got noise. Waits for the device."""
+        last = self.last_magnitude
+        if not isinstance(last, Tensor):
+            return None if last is None else (last, last)
+        noisy = last[last > 0]
+        return (noisy.min().item(), noisy.max().item()) if noisy.numel() else (0.0, 0.0)
+
+    def _log_first(self, device: torch.device) -> None:
+        low, high = self.bounds() or (0.0, 0.0)
+        ops.logger.info(
+            "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s",
+            self.name,
+            self.settings.current_alpha(),
+            self.settings.scale_by,
+            ops.choose_backend(device.type, self.settings.backend),
+            low,
+            high,
+            f" ({self.note})" if self.note else "",
+        )
+
+
+#: What transformers sets on an embedding that its own NEFTune hook is on.
+HOOK_ATTRIBUTE = "neftune_noise_alpha"
 
 
 class NEFTuneEmbedding(nn.Embedding):
@@ -140,8 +222,10 @@ class NEFTuneEmbedding(nn.Embedding):
 
     Args:
         num_embeddings, embedding_dim, padding_idx, scale_grad_by_freq, sparse, device, dtype: as in ``nn.Embedding``.
-        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper.
+        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper. A callable is a schedule, see
+            :func:`neft_kernels.replace_embeddings`.
         scale_by: "sequence" or "batch", see :func:`neft_kernels.noise_magnitude`.
+        noise_on: "all", "prompt" or "completion", see :func:`neft_kernels.noise_magnitude`.
         stream: which of the streams under one seed; None: the rank of this process, 0 without torch.distributed.
         backend: see :func:`neft_kernels.noisy_embedding`.
 
@@ -166,14 +250,15 @@ class NEFTuneEmbedding(nn.Embedding):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        alpha: float = 5.0,
+        alpha: float | Callable[[int], float] = 5.0,
         scale_by: str = "sequence",
+        noise_on: str = "all",
         stream: int | None = None,
         backend: str | None = None,
     ) -> None:
         if max_norm is not None:
             raise ValueError("max_norm is not supported: it rewrites the weight in forward")
-        settings = NoiseSettings(alpha, scale_by, stream, backend)
+        settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -194,12 +279,13 @@ class NEFTuneEmbedding(nn.Embedding):
 
         Args:
             input: token ids, any integer dtype.
-            sequences: ``attention_mask``, ``position_ids`` or ``cu_seq_lens``, as in :func:`neft_kernels.noise_magnitude`.
+            sequences: ``attention_mask``, ``position_ids``, ``cu_seq_lens`` or ``labels``, as in
+                :func:`neft_kernels.noise_magnitude`.
                 Without them, those that the model around this module was called with, if
                 :func:`neft_kernels.replace_embeddings` made it noisy.
         """
         noise = self.noise
-        if noise is None or noise.state(self.training) != "on" or input.ndim == 0:
+        if noise is None or noise.state(self) != "on" or input.ndim == 0:
             return super().forward(input)
         return noisy_embedding(
             input,
@@ -219,7 +305,7 @@ class AddNoise:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         embeds = output[0] if isinstance(output, tuple) else output  # [..., L, D]
-        if self.noise.state(module.training) != "on" or embeds.ndim < 2:
+        if self.noise.state(module) != "on" or embeds.ndim < 2:
             return output
         embeds = add_noise(embeds, **self.noise.arguments(embeds[..., 0], embeds.shape[-1]))
         return (embeds, *output[1:]) if isinstance(output, tuple) else embeds

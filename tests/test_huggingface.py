@@ -232,7 +232,9 @@ def test_an_embedding_copied_alone_stays_one_of_its_models():
     model = replace_embeddings(build("llama"), alpha=5.0)
     model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
     model(**batch())
-    assert describe(model)[0].last_magnitude == pytest.approx((0.0, 5.0 / (4 * 16) ** 0.5))  # it is told of the padding
+    assert describe(model)[0].last_magnitude == pytest.approx(
+        (5.0 / (7 * 16) ** 0.5, 5.0 / (4 * 16) ** 0.5)
+    )  # it sees the padding
 
 
 def test_save_and_reload(name, tmp_path):
@@ -343,7 +345,7 @@ def test_peft(when, targets):
     with no_noise(model):
         assert len({model(**inputs).loss.item() for _ in range(3)}) == 1
     magnitudes = [report.last_magnitude for report in describe(model) if report.last_magnitude]
-    assert magnitudes == [pytest.approx((0.0, 5.0 / (4 * 16) ** 0.5))]  # the mask is seen; added once
+    assert magnitudes == [pytest.approx((5.0 / (7 * 16) ** 0.5, 5.0 / (4 * 16) ** 0.5))]  # the mask is seen; added once
     model.merge_and_unload() if targets == ["q_proj"] else None
     restore_embeddings(model)
     assert names(model) == []

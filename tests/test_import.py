@@ -29,6 +29,7 @@ EXPORTED = {
     "noisy_embedding",
     "replace_embeddings",
     "restore_embeddings",
+    "set_alpha",
 }
 
 PROBE = """

@@ -69,12 +69,12 @@ def test_sequences_numbered_in_the_mask():
 
 
 def test_packed_by_position_ids():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
-    want = lengths([3, 3, 3, 2, 2, 1], [6] * 6)
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5]])
+    want = lengths([3, 3, 3, 1, 2, 2], [6] * 6)
     assert torch.equal(noise_magnitude(ids(2, 6), D, ALPHA, position_ids=positions), want)
     # A row for all; a sequence that does not begin at 0.
     assert torch.equal(noise_magnitude(ids(2, 6), D, ALPHA, position_ids=positions[0]), want[:1].expand(2, 6))
-    offset = torch.tensor([[7, 8, 9, 3, 4, 0]])
+    offset = torch.tensor([[7, 8, 9, 3, 0, 1]])
     assert torch.equal(noise_magnitude(ids(1, 6), D, ALPHA, position_ids=offset), want[:1])
 
 
@@ -87,12 +87,42 @@ def test_packed_and_padded():
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_packed_by_cu_seq_lens(dtype):
-    boundaries = torch.tensor([0, 3, 5, 6], dtype=dtype)
-    assert torch.equal(noise_magnitude(ids(1, 6), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 1]))
-    assert torch.equal(noise_magnitude(ids(6), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 1])[0])
+    boundaries = torch.tensor([0, 3, 4, 6], dtype=dtype)
+    assert torch.equal(noise_magnitude(ids(1, 6), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 1, 2, 2]))
+    assert torch.equal(noise_magnitude(ids(6), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 1, 2, 2])[0])
     # Tokens after the last boundary are padding; an empty sequence is none.
     boundaries = torch.tensor([0, 3, 3, 5], dtype=dtype)
     assert torch.equal(noise_magnitude(ids(1, 7), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 0, 0]))
+
+
+def test_padding_at_the_end_of_a_packed_row_gets_none():
+    """Collators pad positions with 0 and give no mask, so that each padding token looks like a sequence of its own."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]])
+    want = lengths([3, 3, 3, 2, 2, 0, 0, 0])
+    assert torch.equal(noise_magnitude(ids(1, 8), D, ALPHA, position_ids=positions), want)
+    boundaries = torch.tensor([0, 3, 5, 6, 7, 8])
+    assert torch.equal(noise_magnitude(ids(1, 8), D, ALPHA, cu_seq_lens=boundaries), want)
+
+
+def test_labels_choose_the_tokens():
+    labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, 6, -100]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    for options, full in (({}, lengths([4] * 4, [4] * 4)), ({"attention_mask": mask}, lengths([4] * 4, [3, 3, 3, 0]))):
+        prompt = noise_magnitude(ids(2, 4), D, ALPHA, labels=labels, noise_on="prompt", **options)
+        completion = noise_magnitude(ids(2, 4), D, ALPHA, labels=labels, noise_on="completion", **options)
+        assert torch.equal(prompt, full * (labels == -100))
+        assert torch.equal(completion, full * (labels != -100))
+    with pytest.raises(ValueError, match="needs labels"):
+        noise_magnitude(ids(2, 4), D, ALPHA, noise_on="prompt")
+    with pytest.raises(ValueError, match=r"labels.*\[2, 4\]"):
+        noise_magnitude(ids(2, 5), D, ALPHA, labels=labels, noise_on="prompt")
+
+
+def test_alpha_as_a_tensor_gives_the_same_values():
+    for mask in (None, torch.tensor([[1, 1, 1, 0]])):
+        number = noise_magnitude(ids(1, 4), D, ALPHA, attention_mask=mask)
+        tensor = noise_magnitude(ids(1, 4), D, torch.tensor(ALPHA, dtype=torch.float64), attention_mask=mask)
+        assert torch.equal(tensor, torch.as_tensor(number, dtype=torch.float32))
 
 
 def test_scale_by_batch_ignores_masks():

@@ -1,0 +1,149 @@
+"""Noise for the time of a training run: a callback for the Trainer, and the Trainer's own option on our kernels.
+
+Importing this module imports transformers.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from neft_kernels.huggingface import replace_embeddings, restore_embeddings, set_alpha
+from neft_kernels.ops import logger
+from neft_kernels.reporting import noisy_modules
+
+__all__ = ["NEFTuneCallback", "patch_transformers"]
+
+
+class _Replacement:
+    """The embeddings of one model, noisy until :meth:`remove`; like the handle of a hook."""
+
+    def __init__(self, model: nn.Module, alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
+        self.model: nn.Module | None = model
+        replace_embeddings(model, alpha, **options)
+
+    def remove(self) -> None:
+        """Undoes it; a second time, nothing."""
+        if self.model is not None:
+            restore_embeddings(self.model)
+            self.model = None
+
+
+class NEFTuneCallback(TrainerCallback):
+    """Makes the model's token embeddings noisy when training begins, and plain again when it ends, fails or is interrupted.
+
+    ::
+
+        trainer = Trainer(model, args, ..., callbacks=[NEFTuneCallback(alpha=5.0)])
+
+    It leaves alone, with a warning, a model that is noisy already and a Trainer whose ``neftune_noise_alpha`` is set: no
+    token ever gets noise twice. So that an exception in ``Trainer.train`` restores the model too, the first callback made
+    wraps that method.
+
+    Args:
+        alpha: NEFTune's noise scale, >= 0, or a schedule: a callable that is given the Trainer's global step.
+        options: ``scale_by``, ``noise_on``, ``stream`` and ``backend`` of :func:`neft_kernels.replace_embeddings`.
+
+    Raises:
+        TypeError, ValueError: when training begins, as :func:`neft_kernels.replace_embeddings` does.
+    """
+
+    def __init__(self, alpha: float | Callable[[int], float] = 5.0, **options: Any) -> None:
+        self.alpha = alpha
+        self.options = options
+        self.replacement: _Replacement | None = None
+        _restore_when_training_fails()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if getattr(args, "neftune_noise_alpha", None) is not None:
+            logger.warning(
+                "NEFTuneCallback does nothing, because neftune_noise_alpha is set as well; unset one of them"
+            )
+        elif any(noisy_modules(model)):
+            logger.warning("NEFTuneCallback does nothing, because replace_embeddings() made the model noisy already")
+        else:
+            self.replacement = _Replacement(model, self.alpha, self.options)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.replacement is not None and self.replacement.model is not None and callable(self.alpha):
+            set_alpha(self.replacement.model, self.alpha, step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.replacement is not None:
+            self.replacement.remove()
+            self.replacement = None
+
+
+class patch_transformers:
+    """Makes the Trainer's own ``neftune_noise_alpha`` run on our kernels, with no other change: TRL, axolotl, LLaMA-Factory.
+
+    ::
+
+        patch_transformers()                      # from here on
+        with patch_transformers(): ...            # or only in here
+
+    Unlike the Trainer's own hook it also goes away when training fails. Options are those of
+    :func:`neft_kernels.replace_embeddings`; calling it again replaces them. :meth:`undo` brings back what was there before.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        _Replacement(nn.Embedding(1, 1), 0.0, options).remove()  # refuses bad options here rather than in training
+        self.options = options
+        functions = (transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune)
+        self.before: tuple[Callable, Callable] | None = functions
+        transformers.trainer.activate_neftune = self._activate
+        transformers.trainer.deactivate_neftune = self._deactivate
+        _restore_when_training_fails()
+
+    def undo(self) -> None:
+        """Brings back the functions that were there before; a second time, nothing."""
+        if self.before is not None:
+            transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune = self.before
+            self.before = None
+
+    def __enter__(self) -> "patch_transformers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def _activate(self, model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None) -> _Replacement:
+        return _Replacement(_unwrapped(model, accelerator), neftune_noise_alpha, self.options)
+
+    def _deactivate(self, model: nn.Module, hook_handle: Any, accelerator: Any = None) -> None:
+        hook_handle.remove()
+
+
+def _unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:
+    return model if accelerator is None else accelerator.unwrap_model(model)
+
+
+def _restore_when_training_fails() -> None:
+    """Wraps ``Trainer.train``, once, so that what it made noisy is plain again however it ends."""
+    train = transformers.Trainer.train
+    if hasattr(train, "_neft_kernels"):
+        return
+
+    @functools.wraps(train)
+    def wrapped(self: transformers.Trainer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, NEFTuneCallback):
+                    callback.on_train_end(self.args, self.state, self.control)
+            if isinstance(getattr(self, "neftune_hook_handle", None), _Replacement):
+                self.neftune_hook_handle.remove()
+
+    wrapped._neft_kernels = True  # type: ignore[attr-defined]
+    transformers.Trainer.train = wrapped  # type: ignore[method-assign]

@@ -1,0 +1,317 @@
+"""Contract: in a training run of the real Trainer the noise is there while it trains, once, and gone afterwards."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import neftune
+
+import neft_kernels
+from neft_kernels import (
+    NEFTuneCallback,
+    describe,
+    patch_transformers,
+    replace_embeddings,
+    restore_embeddings,
+    set_alpha,
+)
+
+D = 16
+
+
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def rows(count=12):
+    torch.manual_seed(1)
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (count, 9)).tolist()]
+
+
+def trainer(tmp_path, network, callbacks=(), cls=Trainer, **options):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        **options,
+    )
+    return cls(network, arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=list(callbacks))
+
+
+class Look(TrainerCallback):
+    """Notes what describe() says, and how the embedding is hooked, in the middle of training."""
+
+    def __init__(self, fail_at=None, error=KeyboardInterrupt):
+        self.reports, self.hooks, self.fail_at, self.error = [], [], fail_at, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        network = kwargs["model"]
+        self.reports.append(describe(network))
+        self.hooks.append(len(network.get_input_embeddings()._forward_hooks))
+        if state.global_step == self.fail_at:
+            raise self.error
+
+
+def is_plain(network):
+    embedding = network.get_input_embeddings()
+    return type(embedding) is nn.Embedding and not embedding._forward_hooks and not network._forward_pre_hooks
+
+
+def test_callback_is_there_while_it_trains_and_gone_afterwards(tmp_path):
+    network, look = model(), Look()
+    runner = trainer(tmp_path, network, [NEFTuneCallback(alpha=7.0, scale_by="batch"), look])
+    assert is_plain(network)
+    for _ in range(2):
+        runner.train()
+        assert is_plain(network)
+    assert len(look.reports) == 6
+    for (report,) in look.reports:
+        assert (report.alpha, report.scale_by, report.strategy) == (7.0, "batch", "fused")
+        assert report.last_magnitude == pytest.approx((7.0 / (9 * D) ** 0.5,) * 2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_training_that_fails_leaves_a_plain_model(tmp_path, error):
+    network, look = model(), Look(fail_at=2, error=error)
+    runner = trainer(tmp_path, network, [NEFTuneCallback(), look])
+    with pytest.raises(error):
+        runner.train()
+    assert len(look.reports[0]) == 1
+    assert is_plain(network)
+
+    network, look = model(), Look(fail_at=2, error=error)
+    with patch_transformers():
+        runner = trainer(tmp_path, network, [look], neftune_noise_alpha=5.0)
+        with pytest.raises(error):
+            runner.train()
+    assert len(look.reports[0]) == 1
+    assert is_plain(network)
+
+
+def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
+    before = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
+    network, look = model(), Look()
+    with patch_transformers(scale_by="batch"):
+        runner = trainer(tmp_path, network, [look], neftune_noise_alpha=5.0)
+        for _ in range(2):
+            runner.train()
+            assert is_plain(network)
+    assert [(report.alpha, report.strategy, report.scale_by) for (report,) in look.reports] == [
+        (5.0, "fused", "batch")
+    ] * 6
+    assert (transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune) == before
+
+    look = Look()  # outside of it the Trainer's own hook is back
+    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    assert look.reports == [()] * 3
+    assert look.hooks == [1] * 3
+
+
+def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
+    before = transformers.trainer.activate_neftune
+    first = patch_transformers()
+    second = patch_transformers(scale_by="batch")
+    look = Look()
+    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    assert [len(report) for report in look.reports] == [1] * 3
+    assert {report[0].scale_by for report in look.reports} == {"batch"}
+    second.undo(), second.undo()
+    first.undo()
+    assert transformers.trainer.activate_neftune is before
+
+
+def test_bad_options_are_refused_at_once():
+    before = transformers.trainer.activate_neftune
+    with pytest.raises(ValueError, match="scale_by"):
+        patch_transformers(scale_by="x")
+    with pytest.raises(TypeError, match="alfa"):
+        patch_transformers(alfa=3)
+    assert transformers.trainer.activate_neftune is before
+
+
+def test_never_two_noises(tmp_path, caplog):
+    """Whatever of ours meets the Hugging Face hook steps aside and says so."""
+    own_bound = 5.0 / (9 * D) ** 0.5
+
+    network, look = model(), Look()
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        trainer(tmp_path, network, [NEFTuneCallback(50.0), look], neftune_noise_alpha=5.0).train()
+    assert "neftune_noise_alpha is set as well" in caplog.text
+    assert look.reports == [()] * 3
+
+    network, look = replace_embeddings(model(), alpha=50.0), Look()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        trainer(tmp_path, network, [NEFTuneCallback(1.0), look]).train()
+    assert "noisy already" in caplog.text
+    assert {report[0].alpha for report in look.reports} == {50.0}
+    assert describe(network)[0].alpha == 50.0  # the callback does not undo what it did not do
+
+    for order in ("hook first", "hook second"):
+        network = model()
+        if order == "hook second":
+            replace_embeddings(network, alpha=50.0)
+        handle = neftune.activate_neftune(network, 5.0)
+        if order == "hook first":
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+                replace_embeddings(network, alpha=50.0)
+            assert "neftune_noise_alpha" in caplog.text
+        embedding, ids = network.get_input_embeddings(), torch.arange(9)[None]
+        noise = embedding(ids) - embedding.weight[ids]
+        assert 0 < noise.abs().max() <= own_bound + 1e-5, order
+        assert "neftune_noise_alpha" in describe(network)[0].state
+        neftune.deactivate_neftune(network, handle)
+        assert describe(network)[0].state == "on"
+        assert (embedding(ids) - embedding.weight[ids]).abs().max() > own_bound
+
+
+def test_schedule_follows_the_trainers_step(tmp_path):
+    look = Look()
+    network = model()
+    callback = NEFTuneCallback(alpha=lambda step: 10.0 * step)
+    trainer(tmp_path, network, [callback, look], gradient_accumulation_steps=2).train()
+    assert [report[0].alpha for report in look.reports] == [0.0, 10.0, 20.0]
+    largest = [report[0].last_magnitude[1] for report in look.reports]
+    assert largest == pytest.approx([alpha / (9 * D) ** 0.5 for alpha in (0.0, 10.0, 20.0)])
+
+
+def test_schedule_counts_forward_passes_and_set_alpha_changes_it():
+    network = replace_embeddings(model(), alpha=lambda step: 1.0 + step)
+    ids = torch.arange(3, 12)[None]
+    seen = []
+    for _ in range(3):
+        network(ids)
+        seen.append(describe(network)[0].last_magnitude[1] * (9 * D) ** 0.5)
+    network.eval()(ids)
+    assert seen == pytest.approx([1.0, 2.0, 3.0])
+    set_alpha(network.train(), 8.0)
+    network(ids)
+    assert describe(network)[0].last_magnitude[1] == pytest.approx(8.0 / (9 * D) ** 0.5)
+    with pytest.raises(ValueError, match="alpha"):
+        set_alpha(network, -1.0)
+    assert describe(network)[0].alpha == 8.0
+    with pytest.raises(ValueError, match="alpha"):
+        replace_embeddings(network, alpha=lambda step: -1.0)
+    restore_embeddings(network)
+    with pytest.raises(ValueError, match="no noisy embeddings"):
+        set_alpha(network, 1.0)
+
+
+def test_a_compiled_model_follows_set_alpha_without_compiling_again():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    embedding = neft_kernels.NEFTuneEmbedding(50, D, alpha=lambda step: 1.0)
+    counter = CompileCounter()
+    compiled = torch.compile(embedding, fullgraph=True, backend=counter)
+    ids = torch.arange(9)[None]
+    for alpha in (2.0, 4.0, 8.0, 0.0):
+        set_alpha(embedding, alpha)
+        noise = (compiled(ids) - embedding.weight[ids]).abs().max()
+        bound = alpha / (9 * D) ** 0.5
+        assert 0.5 * bound <= noise <= bound + 1e-5
+    assert counter.frame_count == 1
+
+
+def test_noise_on_the_prompt_or_the_completion_only():
+    ids = torch.arange(3, 12)[None]
+    labels = torch.where(torch.arange(9) < 4, -100, ids)
+    for noise_on, noisy in (("prompt", torch.arange(9) < 4), ("completion", torch.arange(9) >= 4)):
+        network = replace_embeddings(model(), alpha=50.0, noise_on=noise_on)
+        output = network(ids, labels=labels, output_hidden_states=True).hidden_states[0]
+        changed = (output != network.get_input_embeddings().weight[ids]).any(-1)[0]
+        assert torch.equal(changed, noisy)
+        assert f"on the {noise_on}" in str(describe(network))
+        network(ids)
+        assert "no labels seen" in describe(network)[0].note
+    with pytest.raises(ValueError, match="noise_on"):
+        replace_embeddings(model(), noise_on="answers")
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ValueError, match=r"noise_on.*decoder-only"):
+        replace_embeddings(t5, noise_on="prompt")
+
+
+def test_the_first_noisy_batch_is_logged_once(caplog):
+    network = replace_embeddings(model(), alpha=5.0)
+    with caplog.at_level(logging.INFO, logger="neft_kernels"):
+        for _ in range(2):
+            network(torch.arange(3, 12)[None], attention_mask=torch.ones(1, 9))
+    (record,) = [record.message for record in caplog.records if "noise is on" in record.message]
+    assert record.startswith("model.embed_tokens: noise is on, alpha=5 scaled by sequence, backend cpu")
+    assert f"{5.0 / (9 * D) ** 0.5:.3g}" in record
+
+
+def tokenizer():
+    words = [f"w{number}" for number in range(46)]
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    built = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+SFT = {
+    "padded": {},
+    "packed": {"packing": True, "max_length": 16},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "completion only": {"completion_only_loss": True},
+}
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("case", SFT)
+def test_sft_trainer(tmp_path, case, peft):
+    """TRL's collators: each sequence is scaled by its own length, however the batch is laid out."""
+    texts = [(f"w{n} w{n + 1}", "".join(f" w{n + k}" for k in range(2 + n % 4))) for n in range(24)]
+    data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in texts])
+    config = trl.SFTConfig(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=3,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        bf16=False,
+        **SFT[case],
+    )
+    network, look = model(), Look()
+    runner = trl.SFTTrainer(
+        network,
+        config,
+        train_dataset=data,
+        processing_class=tokenizer(),
+        callbacks=[NEFTuneCallback(5.0), look],
+        peft_config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM") if peft else None,
+    )
+    runner.train()
+    bounds = [bound for report in look.reports for bound in report[0].last_magnitude]
+    # Prompt and completion of 2 + (2 to 5) words, and the end token: sequences of 5 to 8 tokens.
+    possible = torch.tensor([5.0 / (length * D) ** 0.5 for length in (5, 6, 7, 8)])
+    assert all((possible - bound).abs().min() < 1e-6 for bound in bounds), bounds
+    assert max(bounds) > min(bounds)
+    assert all(report[0].note == "" for report in look.reports)
+    assert describe(runner.model) == ()
