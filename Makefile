@@ -18,7 +18,7 @@ test: $(INSTALLED)  ## the whole test suite
 install: $(INSTALLED)  ## everything that the other targets need
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,10 @@ torch.set_grad_enabled(True)
 _lines: list[str] = []
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="append the results to benchmarks/results/")
+
+
 @pytest.fixture
 def summary():
     """Takes the lines of the summary that is printed at the end."""

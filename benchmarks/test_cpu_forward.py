@@ -8,6 +8,7 @@ Every group is verified, then timed interleaved; see timing.py. Goals are those 
 import functools
 
 import pytest
+import records
 import torch
 from timing import Replay, Samples, interleaved
 from variants import PASSES, Shape, forwards
@@ -37,13 +38,23 @@ def measured(shape: Shape) -> dict[str, Samples]:
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(benchmark, summary, shape, variant):
+def test_forward(benchmark, summary, request, shape, variant):
     samples = measured(shape)
     replay.load(samples[variant])
     benchmark.group = str(shape)
     benchmark.pedantic(lambda: None, rounds=len(samples[variant].seconds))
     if variant == VARIANTS[-1]:
         summary(line(shape, samples))
+        if request.config.getoption("--record"):
+            records.append(
+                "cpu_forward", {"shape": str(shape), "elements": shape.elements, "milliseconds": table(samples)}
+            )
+
+
+def table(samples: dict[str, Samples]) -> dict[str, list[float]]:
+    """First quartile, median and third quartile of each variant, in milliseconds."""
+    quartiles = {name: (each.spread[0], each.median, each.spread[1]) for name, each in samples.items()}
+    return {name: [round(value * 1e3, 5) for value in values] for name, values in quartiles.items()}
 
 
 def line(shape: Shape, samples: dict[str, Samples]) -> str:

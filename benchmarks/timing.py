@@ -1,5 +1,6 @@
 """Interleaved timing: every round runs every variant once, so that a noisy machine is equally noisy to all of them."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,17 +30,18 @@ def interleaved(
 ) -> dict[str, Samples]:
     """Times `calls` in turns for about `seconds` altogether, at least 15 rounds, after three rounds that do not count.
 
-    The order changes from round to round, so that no variant always finds the cache as the same other one left it.
+    The order is drawn anew for each round, so that no variant always finds the cache as the same other one left it.
     """
     names = list(calls)
+    order = random.Random(0)
     found: dict[str, list[float]] = {name: [] for name in names}
     begin = None
     for round_number in range(most_rounds + 3):
         if round_number == 3:
             found = {name: [] for name in names}
             begin = time.perf_counter()
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
+        order.shuffle(names)
+        for name in names:
             call = calls[name]
             before = time.perf_counter()
             result = call()

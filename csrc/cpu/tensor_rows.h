@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "fresh_pages.h"
 #include "rows.h"
 
 namespace neft {
@@ -123,6 +124,7 @@ void add_noise_to_rows(const Tensor& data, const Source& source, int64_t column_
   const ElementKernel kernel = element_kernel(out.scalar_type());
   const auto* in_data = static_cast<const char*>(data.const_data_ptr());
   auto* out_data = static_cast<char*>(out.mutable_data_ptr());
+  prefer_huge_pages(out_data, num_tokens * num_columns * kernel.size);
 
   // The unit of work is a piece of a row, so that many short rows and one long one both fill all threads. A thread is not
   // woken for less than about 10 microseconds of work.

@@ -1,0 +1,45 @@
+"""One line of JSON per comparison, appended and never overwritten, with all that a reader needs to judge it."""
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import neft_kernels
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Device, software and commit."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    gpu = torch.cuda.is_available()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "backends": [f"{each.name}: {each.detail}" for each in neft_kernels.available_backends() if each.devices],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name and highest vector extension, as torch sees it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def append(name: str, record: dict[str, Any]) -> None:
+    """Adds `record`, with the environment, to ``results/<name>.jsonl``."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps({**environment(), **record}) + "\n")
