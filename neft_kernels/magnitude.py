@@ -7,7 +7,7 @@ from torch import Tensor
 
 from neft_kernels.ops import broadcasts
 
-__all__ = ["NOISE_ON", "SCALES", "check_alpha", "check_choice", "noise_magnitude"]
+__all__ = ["NOISE_ON", "SCALES", "check_alpha", "check_choice", "magnitude_of_length", "noise_magnitude"]
 
 SCALES = ("sequence", "batch")
 NOISE_ON = ("all", "prompt", "completion")
@@ -62,7 +62,7 @@ def noise_magnitude(
     if embedding_dim < 1:
         raise ValueError(f"embedding_dim must be at least 1, not {embedding_dim}")
     if scale_by == "batch" or (attention_mask is None and position_ids is None and cu_seq_lens is None):
-        magnitude = _magnitude(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
+        magnitude = magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
         magnitude = _magnitude_by_sequence(alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens)
     if noise_on == "all":
@@ -128,7 +128,8 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def _magnitude(alpha: float | Tensor, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:
+def magnitude_of_length(alpha: float | Tensor, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:
+    """``alpha / sqrt(length * embedding_dim)`` for all tokens; nothing is checked."""
     if not isinstance(alpha, Tensor) and not torch.compiler.is_compiling():
         return alpha / math.sqrt(length * embedding_dim)
     # As a number it would be a constant of the compiled graph, which would be compiled again for each new length.

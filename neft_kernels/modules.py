@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neft_kernels import ops
 from neft_kernels.autograd import add_noise, noisy_embedding
-from neft_kernels.magnitude import NOISE_ON, SCALES, check_alpha, check_choice, noise_magnitude
+from neft_kernels.magnitude import NOISE_ON, SCALES, check_alpha, check_choice, magnitude_of_length, noise_magnitude
 
 __all__ = [
     "HOOK_ATTRIBUTE",
@@ -177,10 +177,13 @@ class Noise:
         if compiling and settings.alpha_tensor is not None:
             alpha: float | Tensor = settings.alpha_tensor.to(tokens.device)
         else:
-            alpha = settings.current_alpha()
-        magnitude = noise_magnitude(
-            tokens, embedding_dim, alpha, scale_by=settings.scale_by, noise_on=noise_on, **sequences
-        )
+            alpha = settings.current_alpha() if callable(settings.alpha) else settings.alpha
+        if sequences or tokens.numel() == 0:
+            magnitude = noise_magnitude(
+                tokens, embedding_dim, alpha, scale_by=settings.scale_by, noise_on=noise_on, **sequences
+            )
+        else:
+            magnitude = magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
         if not compiling:
             first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
             if first and ops.logger.isEnabledFor(logging.INFO):
@@ -311,6 +314,8 @@ class AddNoise:
         return (embeds, *output[1:]) if isinstance(output, tuple) else embeds
 
 
+_HAS_DISTRIBUTED = torch.distributed.is_available()
+
+
 def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if _HAS_DISTRIBUTED and torch.distributed.is_initialized() else 0

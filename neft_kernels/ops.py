@@ -243,10 +243,8 @@ def check_magnitude(
     return magnitude.expand(tokens_shape), 0.0
 
 
-def check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """`seed` as an int64 tensor of one element on `device`; None draws one."""
-    if seed is None:
-        return draw_seed(device)
+def check_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """`seed` as an int64 tensor of one element on `device`."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed must be one int64 element, not {list(seed.shape)} of {seed.dtype}")
