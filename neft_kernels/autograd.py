@@ -110,7 +110,7 @@ def _call(op: str, backend: str, args: tuple, options: tuple = ()) -> Tensor:
         return function.apply(*args, *options, backend)
     differentiated = torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)
     if differentiated or torch.autograd.forward_ad._current_level >= 0:
-        return super(torch.autograd.Function, function).apply(*args, *options, backend)  # type: ignore[misc]
+        return super(torch.autograd.Function, function).apply(*args, *options, backend)
     return ops.OVERLOADS[op][backend](*args)
 
 

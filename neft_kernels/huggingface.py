@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from neft_kernels import ops
-from neft_kernels.modules import HOOK_ATTRIBUTE, AddNoise, NEFTuneEmbedding, Noise, NoiseSettings
+from neft_kernels.modules import AddNoise, NEFTuneEmbedding
+from neft_kernels.noise import HOOK_ATTRIBUTE, Noise, NoiseSettings
 from neft_kernels.reporting import noisy_modules
 from neft_kernels.watching import WatchSequences, modules_to_watch
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from neft_kernels import ops
-from neft_kernels.modules import AddNoise, NEFTuneEmbedding, Noise
+from neft_kernels.modules import AddNoise, NEFTuneEmbedding
+from neft_kernels.noise import Noise
 
 __all__ = ["EmbeddingReport", "Report", "describe", "noisy_modules"]
 

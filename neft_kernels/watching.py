@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neft_kernels.modules import NO_SEQUENCES, NoiseSettings, Sequences
+from neft_kernels.noise import NO_SEQUENCES, NoiseSettings, Sequences
 
 __all__ = ["WatchSequences", "modules_to_watch"]
 

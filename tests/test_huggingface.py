@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from neft_kernels import NEFTuneEmbedding, describe, no_noise, noise_magnitude, replace_embeddings, restore_embeddings
-from neft_kernels.modules import Sequences
+from neft_kernels.noise import Sequences
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
