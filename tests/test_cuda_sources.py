@@ -307,3 +307,14 @@ def test_more_than_two_to_the_31_elements(library):
     assert result == 0
     identity = (seed, 0, num_tokens - 1)
     assert equal_bits(last_row[None], expected_of(row[None], magnitude=0.3, identity=identity))
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "warps", "rows", "turns"),
+    [(512, 1, 4, 1), (768, 1, 4, 1), (2048, 2, 2, 1), (4096, 4, 1, 1), (5120, 1, 4, 5), (8192, 4, 1, 2)],
+)
+def test_no_warp_is_without_work_on_usual_widths(library, num_columns, warps, rows, turns):
+    """In half precision a warp takes 1024 columns; blocks of threads have four."""
+    found = (ctypes.c_uint32 * 6)()
+    library.plan(ELEMENTS.index(torch.bfloat16), ctypes.c_int64(64), ctypes.c_int64(num_columns), found)
+    assert list(found) == [64 // rows, turns, 1, 32, warps, rows]

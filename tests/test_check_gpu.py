@@ -1,0 +1,161 @@
+"""Contract: the kernels pass tools/check_gpu.py, and each of its guards fails when what it guards against happens."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parent.parent / "tools"
+HAS_NVCC = shutil.which("nvcc") is not None
+ONE_KERNEL = ("--target", "sm_90", "--dtype", "bfloat16")
+
+
+def check_gpu(*arguments, **environment):
+    # Not the suite's TRITON_INTERPRET, for a check of what the tool does with it.
+    command = [sys.executable, TOOLS / "check_gpu.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_kernels_pass():
+    result = check_gpu("--quick", *([] if HAS_NVCC else ["--no-nvcc"]), TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for source in ("triton", "cuda") if HAS_NVCC else ("triton",):
+        for op in ("noisy_embedding", "add_noise"):
+            assert re.search(rf"sm_90 +{source} +{op} +bfloat16 +16 bytes .* 128:4 .* 0\n", result.stdout)
+    assert re.search(r"gfx942 +triton +noisy_embedding +bfloat16", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (
+            "sm_90",
+            ("spills", "fuses a multiply-add", "loads rows not", "stores rows not", "multiplies", "registers, more"),
+        ),
+        ("gfx942", ("fuses a multiply-add", "loads rows not", "stores rows not", "multiplies", "registers, more")),
+    ],
+)
+def test_guards_see_a_bad_triton_kernel(target, expected):
+    """Fusion on, a width that no vector divides, too few registers on NVIDIA, and budgets that none keeps."""
+    bad = [
+        "--width",
+        "4097",
+        "--triton-option",
+        "enable_fp_fusion=True",
+        "--max-multiplies",
+        "1",
+        "--max-registers",
+        "9",
+    ]
+    if target == "sm_90":
+        bad += ["--triton-option", "maxnreg=24"]
+    result = check_gpu("--no-nvcc", "--target", target, "--dtype", "bfloat16", *bad)
+    assert result.returncode == 1
+    for sentence in expected:
+        assert sentence in result.stderr, result.stderr
+
+
+TOO_FEW_REGISTERS = "--nvcc-flag=-Xptxas=--override-directive-values,--maxrregcount=24"
+
+if HAS_NVCC:
+
+    def test_guards_see_a_bad_cuda_kernel():
+        result = check_gpu("--no-triton", "--target", "sm_90", TOO_FEW_REGISTERS, "--max-multiplies", "1")
+        assert result.returncode == 1
+        for sentence in ("spills", "multiplies"):
+            assert sentence in result.stderr, result.stderr
+
+    def test_a_kernel_that_does_not_compile():
+        result = check_gpu("--no-triton", "--target", "sm_90", "--nvcc-flag=-DNEFT_NAMESPACE=1")
+        assert result.returncode == 1
+        assert "nvcc cannot compile" in result.stderr
+
+
+def test_a_missing_nvcc_is_an_error(tmp_path):
+    result = check_gpu(*ONE_KERNEL, PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "the CUDA kernels WERE NOT CHECKED" in result.stderr
+    result = check_gpu(*ONE_KERNEL, "--no-nvcc", PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    import check_gpu
+    import machine_code
+
+    return check_gpu, machine_code
+
+
+GOOD_SASS = (
+    """
+        /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;     /* 0x0 */
+        /*0010*/                   FFMA R7, R7, R8, -0.9999847412109375 ;  /* 0x0 */
+        /*0020*/                   HFMA2.MMA R9, -RZ, RZ, 0, 0 ;  /* 0x0 */
+        /*0030*/              @P0  STG.E.128 desc[UR4][R2.64], R4 ;   /* 0x0 */
+        /*0040*/                   IMAD.WIDE.U32 R2, R4, -0x2daee0ad, RZ ;   /* 0x0 */
+        /*0050*/                   NOP;   /* 0x0 */
+"""
+    + 4 * "        /*0060*/               @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64+0x800] ;   /* 0x0 */\n"
+)
+GOOD_USAGE = "  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:640"
+
+BAD = {
+    "fuses": (GOOD_SASS + "/*0070*/ FFMA R7, R7, R8, R9 ;", GOOD_USAGE),
+    "fuses a multiply-add 1": (GOOD_SASS + "/*0070*/ FFMA2 R6, R6.F32x2.HI_LO, R8.F32, R10.F32x2.HI_LO ;", GOOD_USAGE),
+    "`DFMA": (GOOD_SASS + "/*0070*/ DFMA R6, R6, R8, R10 ;", GOOD_USAGE),
+    "`HFMA2": (GOOD_SASS + "/*0070*/ HFMA2.BF16_V2 R6, R6, R8, R10 ;", GOOD_USAGE),
+    "shared memory": (GOOD_SASS, GOOD_USAGE.replace("SHARED:0", "SHARED:2048")),
+    "spills 8": (GOOD_SASS, GOOD_USAGE.replace("STACK:0", "STACK:8")),
+    "spills 16": (GOOD_SASS + "/*0070*/ STL.128 [R1], R4 ;", GOOD_USAGE),
+    "needs 90 registers": (GOOD_SASS, GOOD_USAGE.replace("REG:40", "REG:90")),
+    "loads rows": (GOOD_SASS.replace("LDG.E.128", "LDG.E.64"), GOOD_USAGE),
+    "stores rows": (GOOD_SASS + "/*0070*/ STG.E.U16 desc[UR4][R2.64], R4 ;", GOOD_USAGE),
+    "multiplies": (GOOD_SASS + 110 * "/*0070*/ IMAD.HI.U32 R2, R4, R5, RZ ;\n", GOOD_USAGE),
+}
+
+
+def test_good_machine_code(tool):
+    check_gpu, machine_code = tool
+    code = machine_code.from_sass(GOOD_SASS, GOOD_USAGE)
+    assert (code.registers, code.loads, code.stores, code.multiplies, code.instructions) == (
+        40,
+        {64: 1, 128: 4},
+        {128: 1},
+        1,
+        9,
+    )
+    assert not list(check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 72, 25))
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_each_guard_alone(tool, sentence):
+    check_gpu, machine_code = tool
+    code = machine_code.from_sass(*BAD[sentence])
+    (complaint,) = check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 72, 25)
+    assert sentence in complaint
+
+
+@pytest.mark.parametrize(
+    ("embedding_dim", "element_size", "expected"),
+    [
+        (4096, 2, (1, 512, (1, 1))),
+        (4096, 4, (1, 512, (2, 1))),
+        (5120, 2, (4, 128, (5, 1))),  # 640 vectors: two tiles of 512 would leave 384 without work
+        (768, 2, (16, 32, (3, 1))),
+        (1, 4, (512, 1, (1, 1))),
+        (2**31, 2, (1, 512, (65535, 9))),  # more tiles than the grid has in one dimension
+    ],
+)
+def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
+    from neft_kernels import triton_backend
+
+    rows, vectors, grid = triton_backend._tile(embedding_dim, element_size)
+    assert (rows, vectors, grid) == expected
+    assert rows * vectors == triton_backend.TILE_VECTORS

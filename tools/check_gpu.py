@@ -1,0 +1,292 @@
+"""Compiles every GPU kernel for every GPU that it is meant for, and looks at the machine code. Needs no GPU.
+
+    python tools/check_gpu.py            about three minutes on two processors
+    python tools/check_gpu.py --quick    two GPUs, fewer element types
+
+Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
+that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
+a kernel spills registers, uses shared memory, fuses a product and a sum of the noise, accesses rows in less than 16 bytes
+at a time, or needs more registers or more integer multiplications than it should.
+"""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from machine_code import MachineCode, disassemble, from_amdgcn
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090
+TARGETS = (*(f"sm_{architecture}" for architecture in ARCHITECTURES), "gfx942")  # ... and MI300
+QUICK_TARGETS = ("sm_90", "gfx942")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+QUICK_DTYPES = ("float64", "bfloat16")
+CUDA_DTYPES = {"Fp32": "float32", "Fp64": "float64", "Fp16": "float16", "Bf16": "bfloat16"}
+
+BYTES_PER_WARP_LANE = 64  # of a row, as the kernels divide the work; a wavefront of AMD has twice the lanes
+OTHER_LOADS = 3  # the seed, and for one row its id and its magnitude
+
+
+@dataclass(frozen=True)
+class Kernel:
+    target: str
+    source: str  # "triton" or "cuda"
+    op: str
+    dtype: str
+    variant: str  # which ids, which magnitude; or the path for rows that are not aligned
+    code: MachineCode
+
+    @property
+    def row_vectors(self) -> int:
+        return BYTES_PER_WARP_LANE // 16 // (2 if self.target.startswith("gfx") else 1)
+
+    @property
+    def philox_calls(self) -> int:
+        """For one thread. A call makes the noise of 16 bytes, and CUDA's of 32 bytes in fp64."""
+        return self.row_vectors // (2 if self.dtype == "float64" and self.source == "cuda" else 1)
+
+
+def complaints(kernel: Kernel, max_registers: int, max_multiplies: float) -> Iterator[str]:
+    """What is wrong with a kernel, one sentence each."""
+    code = kernel.code
+    if code.spill_bytes:
+        yield f"spills {code.spill_bytes} bytes of registers to memory"
+    if code.shared_bytes:
+        yield f"uses {code.shared_bytes} bytes of shared memory, so data moves between threads"
+    if code.fused:
+        yield f"fuses a multiply-add {len(code.fused)} times, as in `{code.fused[0]}`: the noise rounds twice"
+    if code.registers > max_registers:
+        yield f"needs {code.registers} registers, more than {max_registers}"
+    if kernel.variant == "unaligned":
+        return
+    if code.loads[128] != kernel.row_vectors or sum(code.loads.values()) - code.loads[128] > OTHER_LOADS:
+        yield f"loads rows not in {kernel.row_vectors} times 16 bytes, but by bits: {widths(code.loads)}"
+    if set(code.stores) != {128}:
+        yield f"stores rows not in 16 bytes at a time, but by bits: {widths(code.stores)}"
+    if code.multiplies > max_multiplies * kernel.philox_calls:
+        calls = kernel.philox_calls
+        yield f"multiplies {code.multiplies} times in {calls} calls of Philox, more than {max_multiplies} times a call"
+
+
+def widths(accesses: Counter) -> str:
+    return " ".join(f"{bits}:{count}" for bits, count in sorted(accesses.items(), reverse=True)) or "none"
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def requests_of_launch(target: Any, launch: Callable[[], object]) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that `launch` would compile for `target`, and how."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    class Stub:
+        def get_current_target(self) -> Any:
+            return target
+
+        def get_current_device(self) -> str:
+            return repr(target)
+
+        def get_current_stream(self, device: str) -> int:
+            return 0
+
+    requests = []
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        requests.append((fn.jit_function, compile))
+        return True  # and do not compile
+
+    driver.set_active(Stub())
+    knobs.runtime.jit_cache_hook = note
+    launch()
+    return requests
+
+
+def check_triton(target_name: str, dtype_name: str, width: int, options: dict[str, Any]) -> list[Kernel]:
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from neft_kernels import triton_backend
+
+    is_amd = target_name.startswith("gfx")
+    target = (
+        GPUTarget("hip", target_name, 64) if is_amd else GPUTarget("cuda", int(target_name.removeprefix("sm_")), 32)
+    )
+    rows, seed = torch.zeros(64, width, dtype=getattr(torch, dtype_name)), torch.zeros(1, dtype=torch.int64)
+    launches: dict[tuple[str, str], Callable[[], object]] = {}
+    for magnitude, per_token in (("one magnitude", None), ("one per token", torch.zeros(64))):
+        noise = (seed, per_token, 0.1, 0, 0)
+        launches["add_noise", magnitude] = partial(triton_backend.add_noise, rows, *noise)
+        for ids_name in ("int64", "int32"):
+            ids = torch.zeros(64, dtype=getattr(torch, ids_name))
+            variant = f"{ids_name}, {magnitude}"
+            launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, rows, *noise)
+
+    kernels = []
+    for (op, variant), launch in launches.items():
+        ((function, request),) = requests_of_launch(target, launch)
+        source = ASTSource(function, request["signature"], request["constants"], request["configs"][0])
+        names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
+        compiled = compile(source, target=target, options={name: request[name] for name in names} | options)
+        if is_amd:
+            code = from_amdgcn(compiled.asm["amdgcn"], compiled.asm["llir"])
+        else:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+                cubin.write(compiled.asm["cubin"])
+                cubin.flush()
+                ((_, _, code),) = disassemble(cubin.name)
+        kernels.append(Kernel(target_name, "triton", op, dtype_name, variant, code))
+    return kernels
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def check_cuda(source: Path, targets: list[str], flags: list[str]) -> list[Kernel]:
+    from torch.utils import cpp_extension
+
+    command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000", "-Xptxas", "-v"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()] + ["-Xcompiler", "-fPIC", *flags]
+    for target in targets:
+        command += ["-gencode", f"arch={target.replace('sm', 'compute')},code={target}"]
+    with tempfile.TemporaryDirectory() as folder:
+        target_file = str(Path(folder) / "kernels.o")
+        result = subprocess.run([*command, "-c", "-o", target_file, str(source)], capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit(f"nvcc cannot compile {source.name}:\n{result.stderr}")
+        kernels = []
+        for target, name, code in disassemble(target_file):
+            element, aligned, ids = re.search(r"(Fp32|Fp64|Fp16|Bf16)ELb([01])ENS_\d+RowOf(?:Id)?(\w)", name).groups()  # type: ignore[union-attr]
+            variant = {"i": "int32", "l": "int64"}.get(ids, "any") if aligned == "1" else "unaligned"
+            kernels.append(Kernel(target, "cuda", source.stem, CUDA_DTYPES[element], variant, code))
+    return kernels
+
+
+# --- the table and the verdict ---------------------------------------------------------------------------------------
+
+HEADER = (
+    "target",
+    "kernel",
+    "op",
+    "dtype",
+    "path",
+    "regs",
+    "spill",
+    "shared",
+    "loads",
+    "stores",
+    "mul",
+    "instr",
+    "fused",
+)
+
+LEGEND = """
+loads, stores: bits:count, of one thread; the seed, the id and the magnitude are the loads of less than 128 bits. mul,
+instr: wide integer multiplications and all instructions, for one call of Philox, that is for 16 bytes of a row (CUDA in
+fp64: 32). fused: multiply-adds that could round otherwise than the contract says, so not the exact ones that make numbers
+of half-words."""
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    """One row for all variants of a kernel: the largest of each number."""
+    groups: dict[tuple[str, ...], list[Kernel]] = {}
+    for kernel in kernels:
+        path = "unaligned" if kernel.variant == "unaligned" else "16 bytes"
+        groups.setdefault((kernel.target, kernel.source, kernel.op, kernel.dtype, path), []).append(kernel)
+    rows: list[tuple[str, ...]] = [HEADER]
+    for key, variants in groups.items():
+        codes, calls = [kernel.code for kernel in variants], variants[0].philox_calls
+        most = max(codes, key=lambda code: sum(code.loads.values()))
+        rows.append(
+            (
+                *key,
+                str(max(code.registers for code in codes)),
+                str(max(code.spill_bytes for code in codes)),
+                str(max(code.shared_bytes for code in codes)),
+                widths(most.loads),
+                widths(most.stores),
+                f"{max(code.multiplies for code in codes) / calls:.1f}",
+                f"{max(code.instructions for code in codes) / calls:.0f}",
+                str(max(len(code.fused) for code in codes)),
+            )
+        )
+    columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip())
+    print(LEGEND)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two GPUs, and fewer element types of Triton's kernels")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="instead of all; can be repeated")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="likewise, of Triton's kernels")
+    parser.add_argument("--no-nvcc", action="store_true", help="leave the CUDA kernels out")
+    parser.add_argument("--no-triton", action="store_true", help="leave the Triton kernels out")
+    # 72 registers leave room for 28 warps on a multiprocessor, so for 56 KB of loads in flight.
+    parser.add_argument("--max-registers", type=int, default=72)
+    # Philox is 20 wide multiplications, and a few address the rows.
+    parser.add_argument("--max-multiplies", type=float, default=25, help="for one call of Philox")
+    parser.add_argument("--width", type=int, default=4096, help="embedding width that Triton's kernels are launched on")
+    parser.add_argument("--triton-option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--nvcc-flag", action="append", default=[], metavar="FLAG")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    os.environ.pop("TRITON_INTERPRET", None)  # for the processes below: an interpreted kernel cannot be compiled
+    targets = options.target or (QUICK_TARGETS if options.quick else TARGETS)
+    dtypes = options.dtype or (QUICK_DTYPES if options.quick else DTYPES)
+    triton_options = dict(option.split("=") for option in options.triton_option)
+    triton_options = {name: ast.literal_eval(value) for name, value in triton_options.items()}
+    problems = []
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        jobs = []
+        if shutil.which("nvcc") and not options.no_nvcc:
+            nvidia = [target for target in targets if target.startswith("sm_")]
+            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            jobs += [pool.submit(check_cuda, source, nvidia, options.nvcc_flag) for source in sources]
+        elif not options.no_nvcc:
+            problems.append("nvcc is not on the PATH, so the CUDA kernels WERE NOT CHECKED (--no-nvcc leaves them out)")
+        if not options.no_triton:
+            jobs += [
+                pool.submit(check_triton, target, dtype, options.width, triton_options)
+                for target in targets
+                for dtype in dtypes
+            ]
+        kernels = [kernel for job in jobs for kernel in job.result()]
+    kernels.sort(
+        key=lambda kernel: (kernel.source, targets.index(kernel.target), kernel.op, kernel.variant == "unaligned")
+    )
+
+    print_table(kernels)
+    for kernel in kernels:
+        for complaint in complaints(kernel, options.max_registers, options.max_multiplies):
+            name = f"{kernel.source} {kernel.op} for {kernel.target}, {kernel.dtype} ({kernel.variant})"
+            problems.append(f"{name} {complaint}")
+    if not kernels:
+        problems.append("nothing was checked")
+    for problem in problems:
+        print(f"check-gpu: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(1)
+    print(f"\n{len(kernels)} kernels are as they should be.")
+
+
+if __name__ == "__main__":
+    main()
