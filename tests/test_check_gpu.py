@@ -11,7 +11,6 @@ import pytest
 
 TOOLS = Path(__file__).parent.parent / "tools"
 HAS_NVCC = shutil.which("nvcc") is not None
-ONE_KERNEL = ("--target", "sm_90", "--dtype", "bfloat16")
 
 
 def check_gpu(*arguments, **environment):
@@ -65,9 +64,10 @@ TOO_FEW_REGISTERS = "--nvcc-flag=-Xptxas=--override-directive-values,--maxrregco
 if HAS_NVCC:
 
     def test_guards_see_a_bad_cuda_kernel():
-        result = check_gpu("--no-triton", "--target", "sm_90", TOO_FEW_REGISTERS, "--max-multiplies", "1")
+        bad = (TOO_FEW_REGISTERS, "--nvcc-flag=-ftz=true", "--max-multiplies", "1")
+        result = check_gpu("--no-triton", "--target", "sm_90", *bad)
         assert result.returncode == 1
-        for sentence in ("spills", "multiplies"):
+        for sentence in ("spills", "multiplies", "subnormal"):
             assert sentence in result.stderr, result.stderr
 
     def test_a_kernel_that_does_not_compile():
@@ -77,11 +77,9 @@ if HAS_NVCC:
 
 
 def test_a_missing_nvcc_is_an_error(tmp_path):
-    result = check_gpu(*ONE_KERNEL, PATH=str(tmp_path))
+    result = check_gpu("--no-triton", PATH=str(tmp_path))
     assert result.returncode == 1
     assert "the CUDA kernels WERE NOT CHECKED" in result.stderr
-    result = check_gpu(*ONE_KERNEL, "--no-nvcc", PATH=str(tmp_path))
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture
@@ -111,6 +109,7 @@ BAD = {
     "fuses a multiply-add 1": (GOOD_SASS + "/*0070*/ FFMA2 R6, R6.F32x2.HI_LO, R8.F32, R10.F32x2.HI_LO ;", GOOD_USAGE),
     "`DFMA": (GOOD_SASS + "/*0070*/ DFMA R6, R6, R8, R10 ;", GOOD_USAGE),
     "`HFMA2": (GOOD_SASS + "/*0070*/ HFMA2.BF16_V2 R6, R6, R8, R10 ;", GOOD_USAGE),
+    "subnormal": (GOOD_SASS + "/*0070*/ FMUL.FTZ R7, R7, R8 ;", GOOD_USAGE),
     "shared memory": (GOOD_SASS, GOOD_USAGE.replace("SHARED:0", "SHARED:2048")),
     "spills 8": (GOOD_SASS, GOOD_USAGE.replace("STACK:0", "STACK:8")),
     "spills 16": (GOOD_SASS + "/*0070*/ STL.128 [R1], R4 ;", GOOD_USAGE),

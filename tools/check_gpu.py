@@ -5,8 +5,8 @@
 
 Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
 that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
-a kernel spills registers, uses shared memory, fuses a product and a sum of the noise, accesses rows in less than 16 bytes
-at a time, or needs more registers or more integer multiplications than it should.
+a kernel spills registers, uses shared memory, fuses a product and a sum of the noise, takes subnormal numbers for zero,
+accesses rows in less than 16 bytes at a time, or needs more registers or more integer multiplications than it should.
 """
 
 import argparse
@@ -68,6 +68,8 @@ def complaints(kernel: Kernel, max_registers: int, max_multiplies: float) -> Ite
         yield f"uses {code.shared_bytes} bytes of shared memory, so data moves between threads"
     if code.fused:
         yield f"fuses a multiply-add {len(code.fused)} times, as in `{code.fused[0]}`: the noise rounds twice"
+    if code.flushing:
+        yield f"takes subnormal numbers for zero, as in `{code.flushing[0]}`"
     if code.registers > max_registers:
         yield f"needs {code.registers} registers, more than {max_registers}"
     if kernel.variant == "unaligned":

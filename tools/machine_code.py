@@ -6,11 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 # A half-word h becomes h * 2**-15 + (2**-16 - 1), which is exact, fused or not. These are the two constants as SASS and
-# as LLVM IR print them; no other fused multiply-add of the kernels has a constant.
+# as older and newer LLVM IR print them; no other fused multiply-add of the kernels has a constant.
 _HALF_TO_UNIFORM_SASS = re.compile(r"-0\.99998474|3\.0517578125e-05")
-_HALF_TO_UNIFORM_IR = re.compile(r"@llvm\.fma\.(?:v(\d+))?f32\(.*0x38000000.*0xBF7FFF00")
+_HALF_TO_UNIFORM_IR = re.compile(
+    r"@llvm\.fma\.(?:v(\d+))?f32\(.*(?:f0x38000000.*f0xBF7FFF00|0x3F00000000000000.*0xBFEFFFE000000000)"
+)
 
 _FUSED_SASS = {"FFMA", "FFMA2", "FFMA32I", "DFMA", "HFMA2"}
+_ARITHMETIC_SASS = {"FADD", "FADD2", "FMUL", "FMUL2", "FFMA", "FFMA2"}
 _FUSED_AMDGCN = re.compile(r"v_(pk_)?(?:fma|fmac|fmaak|fmamk|mad|fma_mix\w*|mad_mix\w*)_(?:f16|f32|f64)")
 _AMDGCN_MEMORY = re.compile(r"(?:buffer|global|flat)_(load|store)_(\w+)")
 _AMDGCN_BITS = {
@@ -40,6 +43,8 @@ class MachineCode:
     instructions: int = 0
     #: Fused multiply-adds that may round otherwise than a product and a sum.
     fused: list[str] = field(default_factory=list)
+    #: Products and sums that take subnormal numbers for zero.
+    flushing: list[str] = field(default_factory=list)
 
 
 def _width(opcode: str) -> int:
@@ -78,6 +83,8 @@ def from_sass(sass: str, resource_usage: str) -> MachineCode:
             code.spill_bytes += _width(opcode) // 8
         if _is_fused_noise(opcode, instruction):
             code.fused.append(instruction)
+        if name in _ARITHMETIC_SASS and "FTZ" in opcode:
+            code.flushing.append(instruction)
     return code
 
 
@@ -101,6 +108,7 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
     # Registers hold the constants here. So the exact ones are counted in the IR, and what is more comes from fusing.
     exact = sum(int(lanes or 1) for lanes in _HALF_TO_UNIFORM_IR.findall(ir))
     code.fused = fused[exact:]
+    code.flushing = re.findall(r"\.amdhsa_float_denorm_mode_\w+ [012]\b", assembly)
     return code
 
 
