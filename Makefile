@@ -7,18 +7,24 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test install bench lint check-gpu clean
+.PHONY: demo test test-all install bench plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
 
-test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the test suite; of the architectures of transformers a sample
+	$(BIN)/python -m pytest --numprocesses 2
+
+test-all: $(INSTALLED)  ## the test suite with every architecture
+	$(BIN)/python -m pytest --numprocesses 2 --all-architectures
 
 install: $(INSTALLED)  ## everything that the other targets need
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
+
+plots: $(INSTALLED)  ## the README's table and pictures, from the records alone
+	$(BIN)/python benchmarks/report.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

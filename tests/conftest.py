@@ -16,7 +16,12 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
 NO_GPU = "no GPU on this machine"
 
-torch.set_num_threads(2)
+# Two processes run the suite side by side; one alone may use two threads.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-architectures", action="store_true", help="every architecture of transformers, not a sample")
 
 
 def pytest_collection_modifyitems(items):

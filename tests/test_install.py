@@ -25,6 +25,8 @@ NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
 
 USE = """
 import json, sys
+# An editable installation of the repository finds submodules for other copies of the package too.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 import torch
 import neft_kernels
 
