@@ -15,6 +15,7 @@ _HALF_TO_UNIFORM_IR = re.compile(
 _FUSED_SASS = {"FFMA", "FFMA2", "FFMA32I", "DFMA", "HFMA2"}
 _ARITHMETIC_SASS = {"FADD", "FADD2", "FMUL", "FMUL2", "FFMA", "FFMA2"}
 _FUSED_AMDGCN = re.compile(r"v_(pk_)?(?:fma|fmac|fmaak|fmamk|mad|fma_mix\w*|mad_mix\w*)_(?:f16|f32|f64)")
+_SUM_AMDGCN = re.compile(r"v_fma_mix_f32 \S+ \S+ 1\.0, ")  # of a widened fp16 and a float: 1 * a + b
 _AMDGCN_MEMORY = re.compile(r"(?:buffer|global|flat)_(load|store)_(\w+)")
 _AMDGCN_BITS = {
     "dwordx4": 128,
@@ -103,7 +104,7 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
         code.multiplies += opcode.startswith(("v_mad_u64_u32", "v_mul_hi_u32", "v_mul_lo_u32"))
         if memory := _AMDGCN_MEMORY.match(opcode):
             (code.loads if memory[1] == "load" else code.stores)[_AMDGCN_BITS[memory[2].split("_")[0]]] += 1
-        if operation := _FUSED_AMDGCN.match(opcode):
+        if (operation := _FUSED_AMDGCN.match(opcode)) and not _SUM_AMDGCN.match(instruction):
             fused += [instruction] * (2 if operation[1] else 1)
     # Registers hold the constants here. So the exact ones are counted in the IR, and what is more comes from fusing.
     exact = sum(int(lanes or 1) for lanes in _HALF_TO_UNIFORM_IR.findall(ir))
