@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-all install bench plots lint check-gpu clean
+.PHONY: demo test test-all test-gpu install bench bench-gpu plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
@@ -22,6 +22,18 @@ install: $(INSTALLED)  ## everything that the other targets need
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
+
+# On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
+	huggingface.py cuda_sources.py gpu.py)
+
+test-gpu:  ## on a GPU: build both extensions in place, then all tests that such a machine can run
+	NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(GPU_TESTS)
+
+bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
 
 plots: $(INSTALLED)  ## the README's table and pictures, from the records alone
 	$(BIN)/python benchmarks/report.py

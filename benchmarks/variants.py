@@ -1,13 +1,14 @@
 """What is compared: the plain embedding, NEFTune as transformers does it (eager and compiled), and ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from neft_kernels import NEFTuneEmbedding, noise_magnitude, noisy_embedding
+from neft_kernels import NEFTuneEmbedding, available_backends, noise_magnitude, noisy_embedding
 
 ALPHA = 5.0
 #: Bytes that the forward moves per element, in elements: rows read and output written; the hook in four kernels.
@@ -32,28 +33,54 @@ class Shape:
         return self.tokens * self.embedding_dim
 
 
-def forwards(shape: Shape, device: str = "cpu", compiled: bool = True) -> dict[str, Callable[[], Tensor]]:
-    """The variants by name, each a call that looks up a fresh batch of ids in training mode.
-
-    A fresh batch for each call, because a user's batches are; all variants see the same batches in the same order.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape.num_embeddings, shape.embedding_dim, generator=generator).to(shape.dtype).to(device)
-    batches = [torch.randint(shape.num_embeddings, (1, shape.tokens), generator=generator).to(device) for _ in range(8)]
-    size = (shape.num_embeddings, shape.embedding_dim)
+def training_modules(weight: Tensor, compiled: bool = True) -> dict[str, nn.Module]:
+    """The variants by name, each a module in training mode on the same table."""
+    size = (weight.shape[0], weight.shape[1])
     plain = nn.Embedding(*size, _weight=weight)
     hook = nn.Embedding(*size, _weight=weight)
     hook.neftune_noise_alpha = ALPHA  # type: ignore[assignment]
     hook.register_forward_hook(neftune_post_forward_hook)
-    ours = NEFTuneEmbedding(*size, _weight=weight, alpha=ALPHA)
-    modules: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain, "hook": hook, "ours": ours}
+    modules: dict[str, nn.Module] = {
+        "plain": plain,
+        "hook": hook,
+        "ours": NEFTuneEmbedding(*size, _weight=weight, alpha=ALPHA),
+    }
     if compiled:
-        modules["hook, compiled"] = torch.compile(hook)
+        modules["hook, compiled"] = cast(nn.Module, torch.compile(hook))
+        modules["rand_like, compiled"] = cast(nn.Module, torch.compile(_RandLike(weight)))
+    for backend in available_backends():
+        if backend.name != "reference" and weight.device.type in set(backend.devices) - set(backend.chosen_for):
+            modules[f"ours, {backend.name}"] = NEFTuneEmbedding(
+                *size, _weight=weight, alpha=ALPHA, backend=backend.name
+            )
+    return modules
+
+
+class _RandLike(nn.Module):
+    """NEFTune in the one form whose random numbers torch.compile fuses with the rest."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = nn.functional.embedding(ids, self.weight)
+        magnitude = ALPHA / (rows.shape[-2] * rows.shape[-1]) ** 0.5
+        return rows + (torch.rand_like(rows) * 2 - 1) * magnitude
+
+
+def forwards(shape: Shape, compiled: bool = True) -> dict[str, Callable[[], Tensor]]:
+    """The variants on the CPU by name, each a call that looks up a fresh batch of ids in training mode.
+
+    A fresh batch for each call, because a user's batches are; all variants see the same batches in the same order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.num_embeddings, shape.embedding_dim, generator=generator).to(shape.dtype)
+    batches = [torch.randint(shape.num_embeddings, (1, shape.tokens), generator=generator) for _ in range(8)]
+    modules: dict[str, Callable[[Tensor], Tensor]] = {**training_modules(weight, compiled)}
     verify(modules, batches[0], weight)
 
-    source = (
-        weight[: shape.tokens].clone() if shape.tokens <= shape.num_embeddings else weight.repeat(3, 1)[: shape.tokens]
-    )
+    source = torch.randn(shape.tokens, shape.embedding_dim, generator=generator).to(shape.dtype)
     modules["memcpy"] = lambda ids: source.clone()
 
     def call(module: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
@@ -63,7 +90,7 @@ def forwards(shape: Shape, device: str = "cpu", compiled: bool = True) -> dict[s
     return {name: call(module) for name, module in modules.items()}
 
 
-def verify(modules: dict[str, Callable[[Tensor], Tensor]], ids: Tensor, weight: Tensor) -> None:
+def verify(modules: Mapping[str, Callable[[Tensor], Tensor]], ids: Tensor, weight: Tensor) -> None:
     """Nothing is timed whose result is wrong: ours equals the reference bit for bit, the hook's noise is within its bound."""
     torch.manual_seed(0)
     got = modules["ours"](ids)

@@ -180,9 +180,10 @@ def _launch(
     if num_rows == 0:
         return out.fill_(float("nan"))
     rows_of_tile, vectors, grid = _tile(embedding_dim, rows.element_size())
+    launch_grid = (-(-num_tokens // rows_of_tile), *grid)
     is_elsewhere = rows.is_cuda and rows.get_device() != torch.cuda.current_device()
     with torch.cuda.device(rows.device) if is_elsewhere else contextlib.nullcontext():
-        noisy_rows_kernel[(-(-num_tokens // rows_of_tile), *grid)](
+        noisy_rows_kernel[launch_grid](
             out,
             rows,
             None if input_ids is None else input_ids.contiguous(),

@@ -1,0 +1,148 @@
+"""On a GPU: no waiting for the device, CUDA graphs, memory, many rows, ids out of range, a training step."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import equal_bits
+from torch.nn.functional import embedding
+
+from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noisy_embedding
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    return request.param
+
+
+def table(num_embeddings, embedding_dim, dtype=torch.bfloat16):
+    return torch.randn(num_embeddings, embedding_dim, device="cuda", dtype=dtype)
+
+
+def test_both_backends_are_built():
+    assert {each.name for each in available_backends() if "cuda" in each.devices} >= {"triton", "cuda", "reference"}
+
+
+def test_nothing_waits_for_the_device(backend):
+    weight = table(100, 64).requires_grad_()
+    ids = torch.randint(100, (4, 16), device="cuda")
+    magnitude = torch.rand(4, 16, device="cuda")
+    noisy_embedding(ids, weight, magnitude, backend=backend).sum().backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for each in (0.1, magnitude):
+            noisy_embedding(ids, weight, each, backend=backend).sum().backward()
+            add_noise(embedding(ids, weight), each, backend=backend).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replayed_graph_draws_fresh_noise_that_the_generator_decides(backend):
+    module = NEFTuneEmbedding(100, 64, device="cuda", backend=backend)
+    ids = torch.randint(100, (4, 16), device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            module(ids)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(ids)
+
+    def replays():
+        torch.cuda.manual_seed(7)
+        found = []
+        for _ in range(3):
+            graph.replay()
+            found.append(out.detach().clone())
+        return found
+
+    first, again = replays(), replays()
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert ((first[0] - embedding(ids, module.weight)).abs() > 0).any()
+
+
+def test_no_memory_beyond_the_output(backend):
+    weight = table(1000, 4096)
+    ids = torch.randint(1000, (1, 4096), device="cuda")
+    seed = torch.tensor([3], device="cuda")
+    noisy_embedding(ids, weight, 0.1, seed=seed, backend=backend)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = noisy_embedding(ids, weight, 0.1, seed=seed, backend=backend)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before == out.numel() * out.element_size()
+
+
+def test_an_id_out_of_range_makes_its_row_nan_and_reads_nothing(backend):
+    weight = table(10, 100, torch.float32)
+    ids = torch.tensor([[1, 10, -1, 2**40]], device="cuda")
+    for magnitude in (0.1, 0.0):
+        out = noisy_embedding(ids, weight, magnitude, backend=backend)
+        assert out.isnan().all(-1).tolist() == [[False, True, True, True]]
+
+
+def test_check_ids_makes_it_an_error(backend):
+    code = (
+        "import torch, neft_kernels as n; "
+        f"n.noisy_embedding(torch.tensor([[0, 7]]).cuda(), torch.ones(5, 4).cuda(), 0.1, backend={backend!r})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NEFT_KERNELS_CHECK_IDS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert "IndexError: input_ids[0, 1] is 7" in run.stderr
+
+
+@pytest.mark.parametrize("rows", [70_000, 1 << 20])
+def test_more_rows_than_a_grid_dimension(backend, rows):
+    weight = table(50, 16)
+    ids = torch.randint(50, (rows,), device="cuda")
+    got = noisy_embedding(ids, weight, 0.1, seed=3, backend=backend)
+    for part in (slice(0, 100), slice(rows - 100, rows)):
+        expected = noisy_embedding(ids[part], weight, 0.1, seed=3, first_token=part.start, backend="reference")
+        assert equal_bits(got[part], expected)
+
+
+def test_more_than_two_to_the_31_elements_on_the_gpu(backend):
+    width, rows = 1 << 14, (1 << 17) + 3
+    weight = table(1, width).expand(rows, width)
+    ids = torch.arange(rows, device="cuda")
+    out = noisy_embedding(ids, weight, 0.1, seed=4, backend=backend)
+    assert out.numel() > 1 << 31
+    tail = noisy_embedding(ids[-2:], weight, 0.1, seed=4, first_token=rows - 2, backend="reference")
+    assert equal_bits(out[-2:], tail)
+
+
+def test_the_cpu_draws_the_same_noise(backend):
+    weight = table(50, 129, torch.float16)
+    ids = torch.randint(50, (3, 7), device="cuda")
+    on_gpu = noisy_embedding(ids, weight, 0.1, seed=11, stream=3, backend=backend)
+    assert equal_bits(on_gpu, noisy_embedding(ids.cpu(), weight.cpu(), 0.1, seed=11, stream=3, backend="cpu"))
+
+
+def test_a_training_step_lowers_the_loss(backend):
+    torch.manual_seed(0)
+    module = NEFTuneEmbedding(50, 64, alpha=1.0, device="cuda", backend=backend)
+    head = torch.nn.Linear(64, 50, device="cuda")
+    optimizer = torch.optim.AdamW([*module.parameters(), *head.parameters()], lr=1e-2)
+    ids = torch.randint(50, (8, 32), device="cuda")
+    losses = []
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(head(module(ids)).flatten(0, 1), ids.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
