@@ -104,7 +104,7 @@ def calls_of(modules: dict[str, nn.Module], ids: list[Tensor], passes: str) -> d
     return calls
 
 
-def forward_and_backward(forward: Callable[[], Tensor], weights: list[Tensor], upstream: Tensor) -> Any:
+def forward_and_backward(forward: Callable[[], Tensor], weights: list[nn.Parameter], upstream: Tensor) -> Any:
     return torch.autograd.grad(forward(), weights, upstream)
 
 

@@ -14,6 +14,8 @@ from neft_kernels import ops  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
+#: What runs on CPU tensors: Triton does in its interpreter, which one cannot have beside a GPU's kernels.
+CPU_BACKENDS = ("cpu", "reference") if HAS_GPU else ("cpu", "reference", "triton")
 NO_GPU = "no GPU on this machine"
 
 # Two processes run the suite side by side; one alone may use two threads.
@@ -21,7 +23,9 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-architectures", action="store_true", help="every architecture of transformers, not a sample")
+    parser.addoption(
+        "--all-architectures", action="store_true", help="every architecture of transformers, not a sample"
+    )
 
 
 def pytest_collection_modifyitems(items):

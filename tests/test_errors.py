@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from conftest import CPU_BACKENDS
 from torch import nn
 
 from neft_kernels import (
@@ -116,7 +117,7 @@ def test_bad_input(case):
         assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_every_backend_checks_values_on_the_cpu(backend):
     with pytest.raises(IndexError, match=r"input_ids\[0, 1\] is 5"):
         noisy_embedding(torch.tensor([[0, 5]]), WEIGHT, 0.1, backend=backend)

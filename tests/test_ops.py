@@ -4,12 +4,12 @@ import logging
 
 import pytest
 import torch
+from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from neft_kernels import add_noise, available_backends, noisy_embedding, ops
 from neft_kernels.ops import OVERLOADS
 
-BACKENDS = ("cpu", "reference", "triton")
 SEED = torch.tensor([3])
 
 
@@ -25,7 +25,7 @@ def samples():
     yield "add_noise", (strided[None].half(), SEED, torch.rand(9).expand(1, 9), 0.0, 2**32 - 1, 5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_opcheck(backend):
     for op, args in samples():
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
