@@ -117,27 +117,40 @@ class Backend:
     detail: str
 
 
-def _state(backend: str) -> tuple[tuple[str, ...], str]:
-    """The device types that `backend` runs on here, and how it runs or why it does not."""
+def _devices(backend: str) -> tuple[str, ...]:
+    """The device types that `backend` runs on here. torch.compile traces this."""
     accelerators = ("cuda",) if torch.cuda.is_available() else ()
     if backend == "reference":
-        return ("cpu", "mps", "xpu", *accelerators), "plain torch; slow"
+        return ("cpu", *accelerators)  # and on any other device
     if backend == "cpu":
-        return (("cpu",), _cpu_extension.instruction_set()) if _cpu_extension else ((), str(_cpu_error))
+        return ("cpu",) if _cpu_extension is not None else ()
     if backend == "cuda":
-        if _cuda_extension is None:
-            return (), str(_cuda_error)
-        return accelerators, "CUDA C++" if accelerators else "no GPU"
+        return accelerators if _cuda_extension is not None else ()
     if not _TRITON_INSTALLED:
-        return (), "triton is not installed"
-    if _INTERPRET_TRITON:
-        return ("cpu", *accelerators), "interpreted, because TRITON_INTERPRET=1; very slow"
-    return accelerators, "just-in-time compiled" if accelerators else "no GPU"
+        return ()
+    return ("cpu", *accelerators) if _INTERPRET_TRITON else accelerators
+
+
+def _detail(backend: str) -> str:
+    """How `backend` runs here, or why it does not."""
+    if backend == "reference":
+        return "plain torch; slow"
+    if backend == "cpu":
+        return str(_cpu_error) if _cpu_extension is None else _cpu_extension.instruction_set()
+    if backend == "cuda" and _cuda_extension is None:
+        return str(_cuda_error)
+    if backend == "triton" and not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if backend == "triton" and _INTERPRET_TRITON:
+        return "interpreted, because TRITON_INTERPRET=1; very slow"
+    if not _devices(backend):
+        return "no GPU"
+    return "CUDA C++" if backend == "cuda" else "just-in-time compiled"
 
 
 def _automatic(device_type: str) -> str:
     for name in BACKENDS:
-        if device_type in _state(name)[0] and not (name == "triton" and _INTERPRET_TRITON):
+        if device_type in _devices(name) and not (name == "triton" and _INTERPRET_TRITON):
             return name
     return "reference"
 
@@ -146,9 +159,9 @@ def available_backends() -> list[Backend]:
     """What can run here, which backend is chosen for which device, and why not the others."""
     found = []
     for name in BACKENDS:
-        devices, detail = _state(name)
-        chosen_for = tuple(device for device in devices if choose_backend(device) == name)
-        found.append(Backend(name, devices, chosen_for, detail))
+        devices = _devices(name)
+        chosen_for = tuple(device for device in devices if name == (_PREFERRED_BACKEND or _automatic(device)))
+        found.append(Backend(name, devices, chosen_for, _detail(name)))
     return found
 
 
@@ -162,22 +175,24 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
         ValueError: there is no backend of that name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
+    if torch.compiler.is_compiling():  # traced anew, because a graph would be tied to what the dictionary holds
+        return _choose(device_type, backend)
     choice = _chosen.get((device_type, backend))
-    return choice if choice is not None else _choose(device_type, backend)
+    if choice is None:
+        choice = _chosen[device_type, backend] = _choose(device_type, backend)
+        if backend is None:
+            logger.info("backend %r for %s tensors: %s", choice, device_type, _detail(choice))
+    return choice
 
 
 def _choose(device_type: str, asked_for: str | None) -> str:
     backend = asked_for or _PREFERRED_BACKEND or _automatic(device_type)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
-    devices, detail = _state(backend)
-    if device_type not in devices and device_type != "meta":
+    devices = _devices(backend)
+    if device_type not in (*devices, "meta") and backend != "reference":
         where = f"runs on {', '.join(devices)} tensors, not on {device_type} ones" if devices else "cannot run here"
-        raise RuntimeError(f"backend={backend!r} {where} ({detail})")
-    if not torch.compiler.is_compiling():  # what follows cannot be traced
-        if asked_for is None:
-            logger.info("backend %r for %s tensors: %s", backend, device_type, detail)
-        _chosen[device_type, asked_for] = backend
+        raise RuntimeError(f"backend={backend!r} {where} ({_detail(backend)})")
     return backend
 
 

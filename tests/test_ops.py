@@ -65,6 +65,15 @@ def test_compiled_equals_eager_at_every_length_with_one_graph(per_token):
         assert counter.frame_count == graphs
 
 
+def test_the_first_call_of_all_may_be_a_compiled_one(monkeypatch):
+    """The choice of the backend, not made yet, is traced."""
+    monkeypatch.setattr(ops, "_chosen", {})
+    torch._dynamo.reset()
+    weight, ids = torch.randn(50, 12), torch.randint(50, (2, 5))
+    compiled = torch.compile(lambda: noisy_embedding(ids, weight, 0.1, seed=torch.tensor([3])), fullgraph=True)
+    assert torch.equal(compiled(), noisy_embedding(ids, weight, 0.1, seed=3))
+
+
 def test_compiled_draws_fresh_noise_and_is_reproducible():
     weight = torch.randn(50, 12)
     ids = torch.randint(50, (2, 5))
