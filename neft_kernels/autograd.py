@@ -105,6 +105,8 @@ def _call(op: str, backend: str, args: tuple, options: tuple = ()) -> Tensor:
     """
     function, traceable_function = _FUNCTIONS[op]
     if torch.compiler.is_compiling():
+        if torch._C._functorch.maybe_current_level() is not None:  # the compiler would drop backward, without a word
+            raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")
         return traceable_function.apply(*args, *options, backend)
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args, *options, backend)

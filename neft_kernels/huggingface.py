@@ -64,7 +64,7 @@ def replace_embeddings(
             noisy; the model is then unchanged.
         RuntimeError: the backend asked for cannot run here.
     """
-    settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend)
+    settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend, of_model=True)
     embeddings = _token_embeddings(model)
     if noise_on != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
@@ -156,13 +156,21 @@ def _token_embeddings(model: nn.Module) -> list[nn.Module]:
                 "is not known; pass the module that holds just that one"
             )
         return list(lookups)
-    main = get_input_embeddings()
-    if not isinstance(main, nn.Module):
+    try:
+        main = get_input_embeddings()
+    except NotImplementedError as error:
+        raise ValueError(f"model of class {type(model).__name__} names no input embeddings: {error}") from error
+    if not isinstance(main, nn.Module) or isinstance(main, (nn.ModuleList, nn.ModuleDict)):
         raise ValueError(
-            f"model.get_input_embeddings() of {type(model).__name__} returns {type(main).__name__}, not a module"
+            f"model.get_input_embeddings() of {type(model).__name__} returns a {type(main).__name__}, which is not called"
         )
+    # What wraps the table, as PEFT's layers do, may look it up by itself; then noise goes on what the wrapper returns.
+    inside = set(main.modules())
     table = getattr(main, "weight", None)
-    return [module for module in lookups if module.weight is table] or [main]
+    tied: list[nn.Module] = [
+        module for module in lookups if module.weight is table and (module is main or module not in inside)
+    ]
+    return tied if main in tied else [main, *tied]
 
 
 def _is_plain(module: nn.Module) -> bool:

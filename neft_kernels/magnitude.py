@@ -1,6 +1,7 @@
 """How much noise each token gets: ``alpha / sqrt(L * d)`` (Jain et al. 2023, arXiv 2310.05914), for the right ``L``."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -33,12 +34,13 @@ def noise_magnitude(
         embedding_dim: ``d``, the width of the embedding.
         alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper. A tensor of one float64 element makes the result a tensor
             too, and is not looked at: for schedules inside compiled graphs.
-        attention_mask: shape of `input_ids`; 0 where a token is padding. Values above 1 number the sequences that are
-            packed into a row, as some packing collators have it.
+        attention_mask: shape of `input_ids`; 0 where a token is padding. Values from 1 to ``L`` number the sequences
+            that are packed into a row, as some packing collators have it.
         position_ids: ``[..., L]``, broadcastable to `input_ids`; a new sequence begins wherever the position does not
-            follow on the one before it. Single tokens at the end of a row are taken for padding.
+            follow on the one before it.
         cu_seq_lens: ``[N + 1]``, the cumulative lengths of the sequences that are packed into the only row of
-            `input_ids`, beginning with 0. Tokens after the last one are padding.
+            `input_ids`, beginning with 0. Tokens after the last one are padding. Without a mask, so are sequences of one token
+            at the end of a row, here and by position: that is what padding looks like in a packed batch.
         scale_by: "sequence": ``L`` is the true length of the token's own sequence, and padding gets no noise, as in the
             paper's training code. "batch": ``L`` is ``input_ids.shape[-1]``, noise everywhere, as in the Hugging Face hook;
             the masks are ignored.
@@ -106,8 +108,8 @@ def _magnitude_by_sequence(
     tokens_of_sequence = torch.zeros(counts_shape, dtype=torch.int64, device=input_ids.device)
     tokens_of_sequence = tokens_of_sequence.scatter_add(-1, sequence, present.to(torch.int64))
     length_of_token = tokens_of_sequence.gather(-1, sequence)
-    if cu_seq_lens is not None or position_ids is not None:
-        # Collators pad positions with 0 and then give no mask; each padding token at the end looks like a sequence.
+    if attention_mask is None and input_ids.shape[-1] > 1:
+        # Collators that pack pad positions with 0 and give no mask: each padding token at the end looks like a sequence.
         padding = (length_of_token <= 1).flip(-1).cumprod(-1).flip(-1)
         present = present & (padding == 0)
     magnitude = alpha / torch.sqrt(length_of_token.clamp(min=1).to(_wide(input_ids.device)) * embedding_dim)
@@ -116,7 +118,7 @@ def _magnitude_by_sequence(
 
 def check_alpha(alpha: float) -> None:
     """`alpha` is a finite number >= 0."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a number, not {type(alpha).__name__}")
     if not 0 <= alpha < math.inf:  # also false for NaN
         raise ValueError(f"alpha must be finite and >= 0, not {alpha}")

@@ -46,6 +46,8 @@ class Sequences:
     @staticmethod
     def _tells(name: str, value: Tensor, tokens: Tensor) -> bool:
         length = tokens.shape[-1]
+        if value.device != tokens.device:
+            return False
         if name in ("attention_mask", "labels"):
             return value.shape == tokens.shape
         if name == "position_ids":
@@ -66,9 +68,13 @@ class NoiseSettings:
     stream: int | None = None  # None: the rank of this process
     backend: str | None = None
     enabled: bool = True
-    #: Forward passes in training so far, or the step that NEFTuneCallback or set_alpha last told.
+    #: Forward passes in training before this one, or the step that NEFTuneCallback or set_alpha last told.
     step: int = 0
     counts_steps: bool = True
+    has_begun: bool = False
+    is_schedule: bool = False  # of its own, so that a compiled graph depends on it rather than on alpha
+    #: Whether these are a model's, for all its embeddings, or those of one embedding that was built with them.
+    of_model: bool = False
     #: `alpha` for compiled graphs, once it has been set at run time: as a number it would be a constant of theirs.
     alpha_tensor: Tensor | None = None
     #: Of the forward pass that is under way.
@@ -91,10 +97,17 @@ class NoiseSettings:
         at = self.step if step is None else step
         now = alpha(at) if callable(alpha) else alpha
         check_alpha(now)
-        self.alpha, self.step, self.counts_steps = alpha, at, step is None
+        self.alpha, self.is_schedule = alpha, callable(alpha)
+        self.step, self.counts_steps, self.has_begun = at, step is None, self.has_begun and step is None
         if self.alpha_tensor is None:
             self.alpha_tensor = torch.zeros((), dtype=torch.float64, device="cpu")
         self.alpha_tensor.fill_(now)
+
+    def count_pass(self) -> None:
+        """Moves a schedule on to the forward pass in training that begins."""
+        if self.counts_steps:
+            self.step += self.has_begun
+            self.has_begun = True
 
     def current_alpha(self) -> float:
         """`alpha` at the present step."""
@@ -113,7 +126,7 @@ class NoiseSettings:
 
         A copy of the whole model gets settings of its own, from :meth:`own_copy`.
         """
-        return self
+        return self if self.of_model else self.own_copy(memo)
 
     def own_copy(self, memo: dict[int, Any]) -> "NoiseSettings":
         """A copy, which takes the place of these settings in all that the deepcopy under way has yet to copy."""
@@ -162,9 +175,13 @@ class Noise:
         if not sequences and settings.sequences is not NO_SEQUENCES:
             sequences, note = settings.sequences.telling(tokens)  # type: ignore[assignment]
         if noise_on != "all" and sequences.get("labels") is None:
-            note, noise_on = f"no labels seen, so noise is not only on the {noise_on}; {note}".removesuffix("; "), "all"
+            raise ValueError(f"noise_on={noise_on!r} needs labels of the ids' shape, but the model was called without")
 
         compiling = torch.compiler.is_compiling()
+        if compiling and settings.is_schedule and settings.counts_steps:
+            raise RuntimeError(
+                "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
+            )
         if compiling and settings.alpha_tensor is not None:
             alpha: float | Tensor = settings.alpha_tensor.to(tokens.device)
         else:
@@ -175,9 +192,9 @@ class Noise:
             )
         else:
             magnitude = magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
-        if not compiling:
+        if not compiling and _can_be_read_later(magnitude):
             first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
-            if first and ops.logger.isEnabledFor(logging.INFO):
+            if first and ops.logger.isEnabledFor(logging.INFO) and not _is_capturing(tokens):
                 self._log_first(tokens.device)
         stream = _rank() if settings.stream is None else settings.stream
         return {"magnitude": magnitude, "stream": stream, "backend": settings.backend}
@@ -206,6 +223,17 @@ class Noise:
 
 #: What transformers sets on an embedding that its own NEFTune hook is on.
 HOOK_ATTRIBUTE = "neftune_noise_alpha"
+
+
+def _can_be_read_later(magnitude: float | Tensor) -> bool:
+    """Whether `magnitude` is a number or a real tensor, not one that stands for values inside a transform or a trace."""
+    if not isinstance(magnitude, Tensor):
+        return True
+    return type(magnitude) is Tensor and not magnitude.is_meta and not torch._C._are_functorch_transforms_active()
+
+
+def _is_capturing(tokens: Tensor) -> bool:
+    return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _HAS_DISTRIBUTED = torch.distributed.is_available()

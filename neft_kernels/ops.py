@@ -8,6 +8,7 @@ compiled graph names the backend that it was traced with.
 import importlib.util
 import logging
 import math
+import numbers
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ def check_magnitude(
     magnitude: float | Tensor, tokens_shape: torch.Size, device: torch.device
 ) -> tuple[Tensor | None, float]:
     """`magnitude` as the ops take it: a tensor of the tokens' shape or None, and a number for the case of None."""
-    if isinstance(magnitude, (float, int)):
+    if isinstance(magnitude, (float, int, numbers.Real)):
         # Also false for NaN.
         if not 0 <= magnitude < math.inf:
             raise ValueError(f"magnitude must be finite and >= 0, not {magnitude}")
@@ -249,6 +250,8 @@ def check_magnitude(
         raise TypeError(f"magnitude must be a number or a float32 tensor, not {type(magnitude).__name__}")
     if magnitude.dtype != torch.float32:
         raise TypeError(f"magnitude must be float32, not {magnitude.dtype}")
+    if magnitude.requires_grad:
+        raise ValueError("magnitude requires a gradient, but there is none with respect to it; detach it")
     if magnitude.device != device:
         raise ValueError(f"magnitude is on {magnitude.device}, but the embeddings are on {device}; move it")
     if magnitude.shape == tokens_shape:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -96,20 +97,35 @@ class patch_transformers:
     :func:`neft_kernels.replace_embeddings`; calling it again replaces them. :meth:`undo` brings back what was there before.
     """
 
+    _active: "list[patch_transformers]" = []  # noqa: RUF012
+    _originals: tuple[Callable, Callable]
+
     def __init__(self, **options: Any) -> None:
-        _Replacement(nn.Embedding(1, 1), 0.0, options).remove()  # refuses bad options here rather than in training
+        _Replacement(nn.Embedding(1, 1, _weight=torch.zeros(1, 1)), 0.0, options).remove()  # refuses bad options now
         self.options = options
-        functions = (transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune)
-        self.before: tuple[Callable, Callable] | None = functions
-        transformers.trainer.activate_neftune = self._activate
-        transformers.trainer.deactivate_neftune = self._deactivate
+        if not patch_transformers._active:
+            patch_transformers._originals = (
+                transformers.trainer.activate_neftune,
+                transformers.trainer.deactivate_neftune,
+            )
+        patch_transformers._active.append(self)
+        self._install()
         _restore_when_training_fails()
 
     def undo(self) -> None:
-        """Brings back the functions that were there before; a second time, nothing."""
-        if self.before is not None:
-            transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune = self.before
-            self.before = None
+        """Takes this patch back, in any order with others; a second time, nothing."""
+        if self in patch_transformers._active:
+            patch_transformers._active.remove(self)
+            self._install()
+
+    @staticmethod
+    def _install() -> None:
+        if patch_transformers._active:
+            newest = patch_transformers._active[-1]
+            functions: tuple[Callable, Callable] = (newest._activate, newest._deactivate)
+        else:
+            functions = patch_transformers._originals
+        transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune = functions
 
     def __enter__(self) -> "patch_transformers":
         return self

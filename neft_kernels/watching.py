@@ -55,17 +55,23 @@ class WatchSequences:
             for argument, attribute in _FROM_ARGUMENT.items()
             if argument in given
         }
-        generating = any(given.get(name) is not None for name in _CACHES)
         outside = self.outside = self.settings.sequences
-        self.settings.sequences = replace(outside, **known, generating=outside.generating or generating)
+        inside = replace(outside, **known)  # type: ignore[arg-type]
+        # With labels there is training, whatever the cache is for: prefix tuning passes its prefix as one.
+        has_cache = any(given.get(name) is not None for name in _CACHES)
+        self.settings.sequences = replace(
+            inside, generating=outside.generating or (has_cache and inside.labels is None)
+        )
+        if self.outermost and module.training and torch.is_grad_enabled() and not _is_repeated():
+            self.settings.count_pass()
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        settings = self.settings
-        settings.sequences, self.outside = self.outside or NO_SEQUENCES, None
-        # A compiled graph would be compiled again for each new step.
-        counts = self.outermost and settings.counts_steps and not torch.compiler.is_compiling()
-        if counts and module.training and torch.is_grad_enabled():
-            settings.step += 1
+        self.settings.sequences, self.outside = self.outside or NO_SEQUENCES, None
+
+
+def _is_repeated() -> bool:
+    """Whether this is a pass in a compiled graph, which a count would tie to one step, or one recomputed in backward."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
 
 
 def modules_to_watch(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:

@@ -107,6 +107,14 @@ def test_torch_func():
     assert torch.equal(torch.func.vmap(torch.func.grad(loss), (0, None, None))(tables, ids(), seed)[1], plain)
 
 
+def test_a_compiled_transform_is_refused_rather_than_wrong():
+    """The compiler would trace forward alone, and its gradient would be zero."""
+    weight = torch.randn(7, 5)
+    gradient = torch.func.grad(lambda w: noisy_embedding(ids(), w, 0.1, seed=1).square().sum())
+    with pytest.raises(Exception, match=r"torch\.func transform|maybe_current_level"):
+        torch.compile(gradient, fullgraph=True, backend="eager")(weight)
+
+
 def test_the_function_is_an_autograd_function():
     assert issubclass(NoisyEmbedding, torch.autograd.Function)
     weight = torch.randn(7, 5, requires_grad=True)

@@ -62,6 +62,11 @@ BAD = {
     "magnitude infinite": (look_up(magnitude=float("inf")), ValueError, "magnitude.*inf"),
     "magnitude a string": (look_up(magnitude="5"), TypeError, "magnitude.*str"),
     "magnitude fp64": (look_up(magnitude=torch.ones(2, 3).double()), TypeError, "magnitude.*float64"),
+    "magnitude requires a gradient": (
+        look_up(magnitude=torch.ones(3, requires_grad=True)),
+        ValueError,
+        "magnitude requires a gradient",
+    ),
     "magnitude too short": (look_up(magnitude=torch.ones(2)), ValueError, r"magnitude of shape \[2\].*\[2, 3\]"),
     "magnitude too deep": (look_up(magnitude=torch.ones(1, 2, 3)), ValueError, r"magnitude of shape \[1, 2, 3\]"),
     "magnitude elsewhere": (look_up(magnitude=torch.ones(3, device="meta")), ValueError, "magnitude is on meta"),

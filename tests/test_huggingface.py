@@ -8,7 +8,15 @@ import torch
 import transformers
 from torch import nn
 
-from neft_kernels import NEFTuneEmbedding, describe, no_noise, noise_magnitude, replace_embeddings, restore_embeddings
+from neft_kernels import (
+    NEFTuneEmbedding,
+    describe,
+    no_noise,
+    noise_magnitude,
+    replace_embeddings,
+    restore_embeddings,
+    set_alpha,
+)
 from neft_kernels.noise import Sequences
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -282,6 +290,58 @@ def test_an_error_in_forward_leaves_no_masks_behind():
     assert (noise[0, 4:] == 0).all()
 
 
+class Nested(nn.Module):
+    """Looks tokens up again after a module inside it, which takes a mask of its own, has returned."""
+
+    class Inner(nn.Module):
+        def __init__(self, embedding):
+            super().__init__()
+            self.embedding = embedding
+
+        def forward(self, ids, attention_mask=None):
+            return self.embedding(ids)
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Inner(nn.Embedding(50, 16))
+        self.copied = None
+
+    def get_input_embeddings(self):
+        return self.inner.embedding
+
+    def forward(self, ids, attention_mask):
+        inside = self.inner(ids, attention_mask=attention_mask.roll(1, -1))
+        self.copied = pickle.loads(pickle.dumps(self.inner))
+        return inside, self.inner.embedding(ids)
+
+
+def test_the_outer_masks_are_back_when_an_inner_module_returns():
+    model = replace_embeddings(Nested(), alpha=5.0)
+    ids, mask = torch.arange(6)[None], torch.tensor([[1, 1, 1, 0, 0, 0]])
+    plain = nn.functional.embedding(ids, model.inner.embedding.weight)
+    inside, outside = model(ids, mask)
+    assert torch.equal((inside != plain).any(-1), mask.roll(1, -1).bool())
+    assert torch.equal((outside != plain).any(-1), mask.bool())
+    # A copy made in the middle of a pass has nothing of that pass.
+    assert model.copied.embedding.noise.settings.sequences == Sequences()
+
+
+def test_modules_built_noisy_are_copied_with_settings_of_their_own():
+    model = nn.Sequential(NEFTuneEmbedding(10, 4, alpha=2.0))
+    twin = copy.deepcopy(model)
+    set_alpha(twin, 0.0)
+    assert (describe(model)[0].alpha, describe(twin)[0].alpha) == (2.0, 0.0)
+
+
+def test_what_names_no_embedding_is_refused():
+    clip = transformers.CLIPConfig(
+        text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+        vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+    )
+    with pytest.raises(ValueError, match="CLIPModel"):
+        replace_embeddings(transformers.CLIPModel(clip))
+
+
 def test_no_noise_nests_and_survives_errors():
     model = replace_embeddings(build("llama"))
     with no_noise(model):
@@ -324,6 +384,23 @@ def test_whatever_is_no_plain_embedding_keeps_its_own_forward():
     out = doubled(torch.arange(10)[None])
     assert torch.allclose(out[0], 2 * doubled[0].weight, atol=1e-3)
     assert not torch.equal(out[0], 2 * doubled[0].weight)
+
+
+def test_peft_methods_that_look_tokens_up_by_themselves():
+    from peft import PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
+
+    configs = [
+        TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2]),
+        PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ]
+    for config in configs:
+        model = replace_embeddings(get_peft_model(build("llama"), config).train(), alpha=5.0)
+        inputs = batch()
+        losses = {model(**inputs).loss.item() for _ in range(3)}
+        assert len(losses) == 3, type(config)
+        magnitudes = [report.last_magnitude for report in describe(model) if report.last_magnitude]
+        assert magnitudes == [pytest.approx((5.0 / (7 * 16) ** 0.5, 5.0 / (4 * 16) ** 0.5))], type(config)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
