@@ -30,6 +30,8 @@ class Sequences:
         """Those that :func:`noise_magnitude` can use for `tokens`, and a note on those that it cannot."""
         kept, unusable = {}, []
         for name, value in self._given():
+            if name == "attention_mask" and value.ndim == tokens.ndim:
+                value = value[..., -tokens.shape[-1] :]  # what comes before is about a cache, such as a prefix
             if self._tells(name, value, tokens):
                 kept[name] = value
             else:
