@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     training = parser.add_argument_group("training")
     training.add_argument("--alpha", type=float, default=5.0, help="NEFTune's noise scale (default: %(default)s)")
-    training.add_argument("--steps", type=int, default=240, help="updates in each run (default: %(default)s)")
+    training.add_argument("--steps", type=int, default=300, help="updates in each run (default: %(default)s)")
     training.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (default: %(default)s)")
     training.add_argument(
         "--max-length", type=int, default=128, metavar="TOKENS", help="longer sequences are cut (default: %(default)s)"
@@ -109,7 +109,7 @@ def prepare(options: argparse.Namespace) -> RunSettings:
     examples.save(examples_path)
     print(f"{len(examples.train)} examples to train on, {len(examples.held_out)} held out")
 
-    pretrained_or_not = SMALL_MODEL_LEARNING_RATE if options.model is None else FINE_TUNING_LEARNING_RATE
+    default_learning_rate = SMALL_MODEL_LEARNING_RATE if options.model is None else FINE_TUNING_LEARNING_RATE
     return RunSettings(
         noise=Noise.OFF,
         model=model,
@@ -119,7 +119,7 @@ def prepare(options: argparse.Namespace) -> RunSettings:
         steps=options.steps,
         batch_size=options.batch_size,
         max_length=options.max_length,
-        learning_rate=options.learning_rate or pretrained_or_not,
+        learning_rate=options.learning_rate or default_learning_rate,
         seed=options.seed,
     )
 
@@ -142,7 +142,7 @@ def run(settings: RunSettings) -> RunResult:
 
 def print_answers(results: list[RunResult]) -> None:
     print(f"\nA held-out question, answered greedily:\n{textwrap.indent(results[0].question.strip(), '    ')}")
-    expected = ("as documented", results[0].expected_answer)
+    expected = ("expected", results[0].expected_answer)
     for title, answer in [expected, *((result.noise.value, result.answer) for result in results)]:
         print(f"\n  {title}:")
         print(textwrap.indent(textwrap.shorten(answer, 300), "    ") or "    (nothing)")

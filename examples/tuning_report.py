@@ -56,7 +56,7 @@ def save_json(path: Path, settings: RunSettings, results: list[RunResult]) -> No
             run[timing] = dict(zip(("first_quartile", "median", "third_quartile"), quantiles(run[timing]), strict=True))
         runs.append(run)
     record = {
-        "settings": asdict(settings),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "noise"},
         "versions": {package.__name__: package.__version__ for package in PACKAGES},
         "runs": runs,
     }
