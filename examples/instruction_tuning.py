@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--model",
         metavar="NAME_OR_PATH",
-        help="causal language model on the Hugging Face hub or in a folder (default: a small Llama, randomly initialised)",
+        help="causal language model on the hub or in a folder (default: a small Llama, randomly initialised)",
     )
     data.add_argument(
         "--dataset",
@@ -134,6 +134,7 @@ def run(settings: RunSettings) -> RunResult:
     completed = subprocess.run(
         [sys.executable, str(RUN_PROGRAM), str(settings_path), str(result_path)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu},
+        check=False,
     )
     if completed.returncode != 0:
         sys.exit(f"the run with {settings.noise.value} failed, see above")
@@ -155,8 +156,8 @@ def report(options: argparse.Namespace, settings: RunSettings, results: list[Run
     print(table(results))
     print(
         "\nLosses: in eval mode, so without noise; from one seed, so small differences are chance."
-        "\nEmbedding: one training forward with all its hooks at the last step, and the bare look-up of the same ids in "
-        "turn with it; medians."
+        "\nEmbedding: one training forward at the last step, all hooks included, in turn with the bare look-up of the "
+        "same ids; medians."
         f"\nPeak memory: {results[0].peak_memory_kind}, each run in a process of its own."
     )
     print_answers(results)

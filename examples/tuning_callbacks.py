@@ -20,9 +20,9 @@ class WatchEmbedding(TrainerCallback):
     """Times the training forward of the token embedding, and asks the model to describe its noise.
 
     At the last step, in the middle of the model's forward and so under the conditions of every step, the embedding is
-    called again and again on that step's ids, with all its hooks: the noise that Trainer adds in a forward hook is inside
-    the measured time, as is everything that neft_kernels does. The bare look-up of the same ids is timed in turn with
-    it, so their ratio means something on a busy machine, too.
+    called again and again on that step's ids, with all its hooks: the noise that Trainer adds in a forward hook is
+    inside the measured time, as is everything that neft_kernels does. The bare look-up of the same ids is timed in turn
+    with it, so their ratio means something on a busy machine, too.
     """
 
     def __init__(self) -> None:

@@ -31,9 +31,9 @@ from neft_kernels import replace_embeddings
 
 VOCAB_SIZE = 4096
 MAX_POSITIONS = 1024
-# Beside the embeddings of a model of width 4096 that starts from Llama's standard deviation of 0.02, NEFTune's noise is a
-# tenth: 5 / sqrt(3 * 512 * 4096) = 0.002 at alpha 5 and 512 tokens. At width 192 and 100 tokens it is 0.02, so that 0.2
-# keeps the proportion; from 0.02 the noise would be as large as the embeddings, and it hurts.
+# In a model of width 4096 whose embeddings start from LlamaConfig's standard deviation of 0.02, NEFTune's noise is a
+# tenth of them: 5 / sqrt(3 * 512 * 4096) = 0.002 at alpha 5 and 512 tokens. At width 192 and 100 tokens it is 0.02, as
+# large as such embeddings themselves; 0.2 keeps the proportion.
 EMBEDDING_STD = 0.2
 PROMPT = "### {question}\n"
 

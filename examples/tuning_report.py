@@ -64,7 +64,7 @@ def save_json(path: Path, settings: RunSettings, results: list[RunResult]) -> No
 
 
 def save_figure(path: Path, title: str, results: list[RunResult]) -> None:
-    """The losses over the steps, the held-out losses relative to the run without noise, and the time in the embedding."""
+    """The losses over the steps, the held-out losses beside those without noise, and the time in the embedding."""
     figure = Figure(figsize=(13, 4.6), dpi=160, layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold", color=INK, x=0.008, ha="left")
     losses, differences, times = figure.subplots(1, 3, width_ratios=(1.35, 1, 1))
