@@ -1,0 +1,386 @@
+"""Contract: replace_embeddings works on every model type of the installed transformers that looks up token ids.
+
+A sample of them by default, all with ``--all-architectures``. Whatever is compared between a model and its noisy twin is
+compared exactly: without noise, not a bit of a model may differ.
+"""
+
+import copy
+import inspect
+import pickle
+
+import architectures
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings
+
+ALPHA = 5.0
+
+#: Every way in which models look tokens up, and the large families.
+SAMPLE = (
+    # a table of its own, or tied to the output
+    *("llama", "qwen3", "gpt2", "gpt_neox", "opt", "bloom", "phi3", "mixtral", "deepseek_v3", "cpmant"),
+    # scaled, normed, with a second table, quantised, narrower than the model, with several codebooks
+    *("gemma3_text", "biogpt", "inkling_text", "muse_glimmer_text", "idefics", "ibert", "albert", "csm"),
+    # encoder and decoder: one table looked up by both, scaled, or one each
+    *("t5", "bart", "m2m_100", "marian", "prophetnet", "t5gemma", "t5gemma2", "encoder-decoder", "fsmt", "musicgen"),
+    # encoders
+    *("bert", "modernbert", "deberta-v2", "longformer"),
+    # state-space and recurrent models
+    *("mamba", "jamba", "rwkv"),
+    # with images and sound; gemma4 looks up single ids as well
+    *("llava", "qwen2_5_vl", "gemma4", "florence2", "blip-2", "whisper"),
+    # ids by time, not by sequence
+    "xlnet",
+)
+
+#: What does not work yet. Each is expected to fail, so that a mended one cannot stay here.
+KNOWN_FAILURES: dict[str, str] = {
+    "cpmant": "looks up ids to which it has added a prompt of its own, so that the mask does not tell their lengths",
+    "encoder-decoder": "the decoder has a table of its own, which is not made noisy",
+    "fsmt": "the decoder has a table of its own, which is not made noisy",
+    "longformer": "pads ids to its window before it looks them up, so that the mask does not tell their lengths",
+    "musicgen": "the decoder has tables of its own, which are not made noisy",
+    "rwkv": "takes no mask",
+    "t5gemma": "the decoder has a table of its own, which is not made noisy",
+    "xlnet": "looks ids up as (length, batch)",
+}
+
+
+def pytest_generate_tests(metafunc):
+    everything = metafunc.config.getoption("--all-architectures", default=False)
+    if "model_type" in metafunc.fixturenames:
+        found = architectures.model_types() if everything else SAMPLE
+        metafunc.parametrize(
+            "model_type",
+            [
+                pytest.param(each, marks=pytest.mark.xfail(reason=KNOWN_FAILURES[each], strict=True))
+                if each in KNOWN_FAILURES
+                else each
+                for each in found
+            ],
+        )
+    if "refused_type" in metafunc.fixturenames:
+        found = list(architectures.REFUSED)
+        metafunc.parametrize("refused_type", found if everything else found[::8])
+
+
+def test_architecture(model_type, tmp_path):
+    """One test for all that is asked of a model type, since building and running the models is what takes the time."""
+    model = architectures.build(model_type)
+    plain = copy.deepcopy(model)  # is never made noisy
+    batch = architectures.batch(model)
+    evaluation, step = evaluate(model, batch), train_step(model, batch)
+    was = outline(model)  # only now, since models set up more in their first passes
+
+    assert replace_embeddings(model, alpha=ALPHA) is model
+    check_nothing_else_changed(model, plain, was)
+    assert same(evaluate(model, batch), evaluation)
+    calls = check_every_look_up_is_noisy(model, batch)
+    check_magnitudes(calls, batch)
+    check_without_noise_it_trains_as_before(model, batch, step)
+    check_copies(model, batch, calls, evaluation, model_type)
+    check_resized(model, plain, batch, calls, model_type)
+    check_checkpointing(model, batch, model_type)
+    check_restored(model, batch, evaluation, step, was)
+    check_reloaded(model, batch, evaluation, model_type, tmp_path)
+
+
+def test_refused(refused_type):
+    """A model whose token embedding cannot be told, or is no module, raises an error that says so, and stays as it is."""
+    with torch.device("meta"):
+        model = architectures.build(refused_type)
+    was = outline(model)
+    with pytest.raises(ValueError, match=type(model).__name__):
+        replace_embeddings(model)
+    assert outline(model).differences(was) == []
+
+
+def test_lists_are_disjoint():
+    assert not set(architectures.REFUSED) & set(architectures.NOT_BUILT)
+    assert set(SAMPLE) <= set(architectures.model_types())
+
+
+# --- what is checked -------------------------------------------------------------------------------------------------
+
+
+def check_nothing_else_changed(model, plain, was):
+    """Parameters, ties, names and classes are those of the plain model."""
+    now = outline(model)
+    assert now.parameters == was.parameters
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for name, original in was.classes.items():
+        assert isinstance(model.get_submodule(name), original), name
+
+
+def check_every_look_up_is_noisy(model, batch):
+    """In training, every look-up of the input ids in the input embeddings happens in a noisy embedding."""
+    assert {report.state for report in describe(model.train())} == {"on"}
+    with Recorder(model) as record:
+        run(model, batch, seed=1)
+    assert record.plain_look_ups == []
+    noisy = {side for side, _ in (wanted(call, batch) for call in record.calls)}
+    expected = {name for name in ("input_ids", "decoder_input_ids") if name in batch}
+    assert noisy >= expected, [call.ids.shape for call in record.calls]
+    return record.calls
+
+
+def check_magnitudes(calls, batch):
+    """The noise is uniform within the bound of its own sequence's length, and there is none on padding."""
+    for call in calls:
+        side, magnitude = wanted(call, batch)
+        if call.ids.ndim == 0:
+            assert not call.noise.any(), call.name
+        if side is None:
+            continue
+        assert call.noise.shape[:-1] == magnitude.shape
+        assert not call.noise[magnitude == 0].any(), f"{call.name}: noise on padding"
+        relative = call.noise[magnitude > 0] / magnitude[magnitude > 0][:, None]
+        # The sum was rounded to float32, and so was the difference to what the embedding returns without noise.
+        rounding = 2**-23 * (call.largest + 1) / magnitude[magnitude > 0].min()
+        assert relative.abs().max() <= 1 + rounding, call.name
+        # A uniform on (-1, 1) has variance 1/3 and kurtosis 9/5, so the relative standard error of the deviation of n draws
+        # is sqrt((9/5 - 1) / 4n), and that of their mean sqrt(1/3n): six of each.
+        draws = relative.numel()
+        assert relative.std().item() * 3**0.5 == pytest.approx(1, abs=6 * (0.2 / draws) ** 0.5), call.name
+        assert abs(relative.mean().item()) <= 6 * (1 / 3 / draws) ** 0.5, call.name
+
+
+def check_without_noise_it_trains_as_before(model, batch, step):
+    """Same loss and gradients as the plain model, with the same seed; with noise another loss."""
+    assert train_step(model, batch).loss != step.loss
+    with no_noise(model):
+        assert_same_step(train_step(model, batch), step)
+    replace_embeddings(model, alpha=0.0)
+    assert_same_step(train_step(model, batch), step)
+    replace_embeddings(model, alpha=ALPHA)
+
+
+def check_copies(model, batch, calls, evaluation, model_type):
+    """Copies have the same noise with the same seed, and are independent of the original."""
+    copiers = {"deepcopy": copy.deepcopy, "pickle": lambda each: pickle.loads(pickle.dumps(each))}
+    for how, copier in copiers.items():
+        if model_type in architectures.CANNOT[how]:
+            continue
+        twin = copier(model)
+        with Recorder(model) as original, Recorder(twin) as copied:
+            run(twin.train(), batch, seed=1)
+        assert original.calls == []
+        assert [call.name for call in copied.calls] == [call.name for call in calls]
+        assert all(torch.equal(mine.noise, theirs.noise) for mine, theirs in zip(copied.calls, calls, strict=True))
+        restore_embeddings(twin)
+        assert describe(model)
+        assert not describe(twin)
+        assert same(evaluate(twin, batch), evaluation)
+
+
+def check_resized(model, plain, batch, calls, model_type):
+    """A noisy model's embeddings can be resized: they stay noisy, and are otherwise those of a resized plain model."""
+    if model_type in architectures.CANNOT["deepcopy"] or model_type in architectures.CANNOT["resize"]:
+        return
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    noisy, resized = copy.deepcopy(model), copy.deepcopy(plain)
+    for each in (noisy, resized):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(architectures.VOCABULARY + 8)
+    assert same(evaluate(noisy, batch), evaluate(resized, batch))
+    again = check_every_look_up_is_noisy(noisy, batch)
+    check_magnitudes(again, batch)
+    assert len(again) == len(calls)
+
+
+def check_checkpointing(model, batch, model_type):
+    """Gradient checkpointing recomputes the same noise: same loss, same gradients."""
+    unable = {**architectures.CANNOT["deepcopy"], **architectures.CANNOT["checkpoint"]}
+    if not model.supports_gradient_checkpointing or model_type in unable:
+        return
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_enable()
+    assert_same_step(train_step(twin, batch), train_step(model, batch))
+
+
+def check_reloaded(model, batch, evaluation, model_type, folder):
+    """What a noisy model saves is what its plain twin would have saved."""
+    if model_type in architectures.CANNOT["reload"]:
+        return
+    replace_embeddings(model).save_pretrained(folder)
+    again = type(model).from_pretrained(folder)
+    assert not describe(again)
+    assert same(evaluate(again, batch), evaluation)
+
+
+def check_restored(model, batch, evaluation, step, was):
+    """Classes, attributes, hooks, outputs and gradients are those of a model that was never noisy."""
+    assert restore_embeddings(model) is model
+    assert not describe(model)
+    assert outline(model).differences(was) == []
+    assert same(evaluate(model, batch), evaluation)
+    assert_same_step(train_step(model, batch), step)
+
+
+# --- how -------------------------------------------------------------------------------------------------------------
+
+
+def run(model, batch, seed=0):
+    """One forward pass; every random number in it follows from `seed`."""
+    transformers.set_seed(seed)
+    return model(**batch)
+
+
+def evaluate(model, batch):
+    """The outputs in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return [tensor.clone() for tensor in architectures.floats(run(model, batch))]
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.nan_to_num(nan=1.5), b.nan_to_num(nan=1.5)) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+class Step:
+    """Loss and gradients of one training step."""
+
+    def __init__(self, loss, gradients):
+        self.loss, self.gradients = loss, gradients
+
+
+def train_step(model, batch):
+    model.train().zero_grad()
+    loss = architectures.loss(run(model, batch))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return Step(loss.detach(), gradients)
+
+
+def assert_same_step(ours, theirs):
+    assert torch.equal(ours.loss, theirs.loss)
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in ours.gradients.items():
+        assert torch.equal(gradient, theirs.gradients[name]), name
+
+
+class Outline:
+    """What restore_embeddings() has to bring back, by the name of the module or parameter."""
+
+    def __init__(self, model):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.classes = {name: type(module) for name, module in modules.items()}
+        self.attributes = {name: set(vars(module)) for name, module in modules.items()}
+        self.hooks = {name: _count_hooks(module) for name, module in modules.items()}
+        self.parameters = {name: id(each) for name, each in model.named_parameters(remove_duplicate=False)}
+
+    def differences(self, other):
+        return [
+            (what, name, value, theirs.get(name))
+            for what, ours in vars(self).items()
+            for theirs in [getattr(other, what)]
+            for name, value in ours.items()
+            if value != theirs.get(name) or ours.keys() != theirs.keys()
+        ]
+
+
+outline = Outline
+
+
+def _count_hooks(module):
+    return {
+        name: len(value) for name, value in vars(module).items() if name.endswith("_hooks") and isinstance(value, dict)
+    }
+
+
+class Call:
+    """One call of a noisy embedding: its ids, what the noise adds to its output, the largest number in the output."""
+
+    def __init__(self, name, ids, noise, largest):
+        self.name, self.ids, self.noise, self.largest = name, ids, noise, largest
+
+
+class Recorder(TorchFunctionMode):
+    """Watches the noisy embeddings of a model, and all look-ups in the input embeddings that none of them does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.inside = model, 0
+        self.calls, self.plain_look_ups = [], []
+        self.tables = {id(table) for module in input_embeddings(model) for table in module.parameters()}
+
+    def __enter__(self):
+        self.handles = []
+        for report in describe(self.model):
+            module = self.model.get_submodule(report.name)
+            self.handles += [
+                module.register_forward_pre_hook(self.entered, prepend=True),
+                module.register_forward_hook(self.left(report.name), with_kwargs=True),  # sees the noise of other hooks
+            ]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is functional.embedding:
+            given = inspect.signature(func).bind(*args, **(kwargs or {})).arguments
+            if id(given["weight"]) in self.tables and given["input"].ndim and not self.inside:
+                self.plain_look_ups.append(given["input"])
+        return func(*args, **(kwargs or {}))
+
+    def entered(self, module, args):
+        self.inside += 1
+
+    def left(self, name):
+        def hook(module, args, kwargs, output):
+            ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+            with no_noise(self.model), torch.no_grad():
+                clean = module.forward(*args, **kwargs)
+            noisy, clean = (each[0] if isinstance(each, tuple) else each for each in (output, clean))
+            self.calls.append(Call(name, ids.detach().clone(), noisy.detach() - clean, clean.abs().max().item()))
+            self.inside -= 1
+
+        return hook
+
+
+def input_embeddings(model):
+    """The modules that look up the ids a model is given: those of the encoder and the decoder, where it has both."""
+    found = [model.get_input_embeddings()]
+    if model.config.is_encoder_decoder:
+        decoder = model.get_decoder()
+        found.append(
+            decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else decoder.embed_tokens
+        )
+    # MusicGen adds up the embeddings of its codebooks, and the noise of one is the noise of the sum.
+    return [each[0] if isinstance(each, nn.ModuleList) else each for each in found]
+
+
+def wanted(call, batch):
+    """Which of the batch's ids a call looked up, and the magnitude that each of them ought to have; None for other ids."""
+    for side in ("input_ids", "decoder_input_ids"):
+        ids = batch.get(side)
+        if ids is None:
+            continue
+        if side == "decoder_input_ids":
+            ids = ids.view(architectures.BATCH, -1, architectures.LENGTH)[:, 0]  # of MusicGen's codebooks the first
+        mask = batch.get("attention_mask") if side == "input_ids" else None
+        mask = torch.ones(ids.shape[:2]) if mask is None else mask.float()
+        magnitude = mask * ALPHA / (mask.sum(1, keepdim=True) * call.noise.shape[-1]) ** 0.5
+        further = call.ids.shape[-1] - ids.shape[-1]
+        if torch.equal(call.ids, ids):
+            return side, magnitude
+        if torch.equal(call.ids, ids.mT):  # by time, as in XLNet
+            return side, magnitude.mT
+        if further > 0 and torch.equal(call.ids[..., :-further], ids):  # padded on, as in Longformer
+            return side, functional.pad(magnitude, (0, further))
+        if further > 0 and torch.equal(
+            call.ids[..., further:], ids
+        ):  # behind a prompt of the model's own, as in CPMAnt
+            return side, functional.pad(magnitude, (further, 0))
+    return None, None
