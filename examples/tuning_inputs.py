@@ -33,7 +33,8 @@ VOCAB_SIZE = 4096
 MAX_POSITIONS = 1024
 # In a model of width 4096 whose embeddings start from LlamaConfig's standard deviation of 0.02, NEFTune's noise is a
 # tenth of them: 5 / sqrt(3 * 512 * 4096) = 0.002 at alpha 5 and 512 tokens. At width 192 and 100 tokens it is 0.02, as
-# large as such embeddings themselves; 0.2 keeps the proportion.
+# large as such embeddings themselves; 0.2 keeps the proportion. With 0.02, embeddings tied and 400 steps, both noisy runs
+# ended worse than the one without noise, by 0.16 (ours) and 0.21 (the Trainer's) in held-out loss.
 EMBEDDING_STD = 0.2
 PROMPT = "### {question}\n"
 

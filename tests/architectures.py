@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 WIDTH, HEADS, HEAD_DIM, LAYERS, EXPERTS = 64, 4, 16, 2, 4
 VOCABULARY, FIRST_ID = 128, 40  # ids below are kept for special tokens
 POSITIONS, IMAGE = 128, 32
-BATCH, LENGTH, PADDING = 2, 24, 8  # tokens; the first row of a batch ends with padding
+BATCH, LENGTH, PADDING = 2, 25, 8  # tokens; the first row of a batch ends with padding
 
 #: Field names, as regular expressions, and the largest value they get. The first that matches decides.
 SIZES = (
@@ -67,11 +67,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"hidden_sizes": [8, 8, 8, 8], "num_hidden_layers": 4},
     "reformer": {
         "axial_pos_embds_dim": [32, 32],
-        "axial_pos_shape": [4, LENGTH // 4],
+        "axial_pos_shape": [5, LENGTH // 5],
         "attn_layers": ["local", "local"],  # it reseeds torch in every pass, for its hashes and its dropout
         "hidden_dropout_prob": 0.0,
         "local_attention_probs_dropout_prob": 0.0,
     },
+    "big_bird": {"block_size": 2, "num_random_blocks": 1},  # small enough for its sparse attention
     "longformer": {"attention_window": 16},
     "led": {
         "attention_window": 16,
