@@ -10,7 +10,7 @@ they are called with.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from neft_kernels.modules import AddNoise, NEFTuneEmbedding
 from neft_kernels.noise import HOOK_ATTRIBUTE, Noise, NoiseSettings
 from neft_kernels.reporting import noisy_modules
 from neft_kernels.watching import WatchSequences, modules_to_watch
+
+if TYPE_CHECKING:
+    from neft_kernels.distributed import Group
 
 __all__ = ["no_noise", "replace_embeddings", "restore_embeddings", "set_alpha"]
 
@@ -35,6 +38,8 @@ def replace_embeddings(
     noise_on: str = "all",
     stream: int | None = None,
     backend: str | None = None,
+    sequence_group: "Group | None" = None,
+    sequence_layout: str = "contiguous",
 ) -> Model:
     """Makes the token embeddings of `model` noisy while it trains (NEFTune, arXiv 2310.05914), in place.
 
@@ -52,9 +57,14 @@ def replace_embeddings(
             as the Hugging Face hook does.
         noise_on: "all" tokens, or those of the "prompt" or of the "completion" only, as the ``labels`` that the model is
             given tell them apart (-100 is prompt); decoder-only models.
-        stream: which of the noise streams under one seed; None: the rank of this process, so that data-parallel replicas
-            that are seeded alike draw different noise.
+        stream: which of the noise streams under one seed; None: one for each data-parallel replica, so that replicas that are
+            seeded alike draw different noise: the rank of this process, or the smallest one of its tensor- and
+            sequence-parallel ranks.
         backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the embedding's device.
+        sequence_group: for sequence and context parallelism, the process group, or mesh of one dimension, whose ranks hold the
+            parts of the same sequences. Their tokens are numbered in the whole sequences and scaled by the whole lengths.
+        sequence_layout: which part: "contiguous", rank r of n holds the r-th of n equal parts; "head_tail", the r-th of 2n
+            from the front and the r-th from the back, as torch's and accelerate's context parallelism have it.
 
     Returns:
         `model` itself.
@@ -64,7 +74,7 @@ def replace_embeddings(
             noisy; the model is then unchanged.
         RuntimeError: the backend asked for cannot run here.
     """
-    settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend, of_model=True)
+    settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend, sequence_group, sequence_layout, of_model=True)
     embeddings = _token_embeddings(model)
     if noise_on != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
@@ -82,7 +92,7 @@ def replace_embeddings(
         elif isinstance(module, NEFTuneEmbedding):
             module.noise = noise
         else:
-            module.register_forward_hook(AddNoise(noise))
+            AddNoise(noise).attach(module)
         if HOOK_ATTRIBUTE in module.__dict__:
             ops.logger.warning("%s: noise %s; to use neft_kernels instead, unset it", noise.name, noise.state(module))
     for module in modules_to_watch(model, embeddings):
@@ -188,7 +198,7 @@ def _is_plain(module: nn.Module) -> bool:
 def _remove_hooks(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(hook, AddNoise) or isinstance(getattr(hook, "__self__", None), WatchSequences):
+            if isinstance(getattr(hook, "__self__", None), (AddNoise, WatchSequences)):
                 for registry in (
                     hooks,
                     module._forward_hooks_always_called,

@@ -1,12 +1,22 @@
 """Modules: an embedding whose training forward is noisy, and the hook that makes another embedding's output noisy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neft_kernels.autograd import add_noise, noisy_embedding
+from neft_kernels.distributed import (
+    Part,
+    add_to_whole,
+    distributed_is_on,
+    group_size,
+    in_parts,
+    is_dtensor,
+    part_of_rank,
+    tensor_parallel_groups,
+)
 from neft_kernels.noise import Noise, NoiseSettings
 
 __all__ = ["AddNoise", "NEFTuneEmbedding"]
@@ -83,27 +93,73 @@ class NEFTuneEmbedding(nn.Embedding):
                 :func:`neft_kernels.replace_embeddings` made it noisy.
         """
         noise = self.noise
-        if noise is None or noise.state(self) != "on" or input.ndim == 0:
+        if noise is None or input.ndim == 0 or noise.state(self) != "on":
             return super().forward(input)
-        return noisy_embedding(
-            input,
-            self.weight,
-            padding_idx=self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
-            **noise.arguments(input, self.embedding_dim, **sequences),
-        )
+        weight = self.weight
+        if is_dtensor(weight):
+            tokens = input.full_tensor() if is_dtensor(input) else input  # type: ignore[attr-defined]
+            groups = tensor_parallel_groups(self)
+            return add_to_whole(
+                super().forward(input), lambda embeds: _add_noise(noise, embeds, tokens, groups=groups, **sequences)
+            )
+        part = noise.part_of(input)
+        options = {
+            "padding_idx": self.padding_idx,
+            "scale_grad_by_freq": self.scale_grad_by_freq,
+            "sparse": self.sparse,
+            **noise.arguments(input, self.embedding_dim, part, (), **sequences),
+        }
+        if part is None:
+            return noisy_embedding(input, weight, **options)
+        return in_parts(lambda ids, **rest: noisy_embedding(ids, weight, **rest), input, input.ndim, part, options)
 
 
 class AddNoise:
-    """A forward hook: noise on the output of an embedding that keeps its own forward."""
+    """Forward hooks: noise on the output of an embedding that keeps its own forward."""
 
     def __init__(self, noise: Noise) -> None:
         self.noise = noise
+        self._groups: Sequence[Any] = ()
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def attach(self, module: nn.Module) -> None:
+        """Registers both hooks."""
+        module.register_forward_pre_hook(self.before)
+        module.register_forward_hook(self.after, with_kwargs=True)
+
+    def before(self, module: nn.Module, args: tuple) -> None:
+        """Notes over which ranks the table is spread; afterwards FSDP may have spread it over its own again."""
+        self._groups = tensor_parallel_groups(module) if distributed_is_on() else ()
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """The output with its noise."""
+        noise = self.noise
         embeds = output[0] if isinstance(output, tuple) else output  # [..., L, D]
-        if self.noise.state(module) != "on" or embeds.ndim < 2:
+        if embeds.ndim < 2 or noise.state(module) != "on":
             return output
-        embeds = add_noise(embeds, **self.noise.arguments(embeds[..., 0], embeds.shape[-1]))
-        return (embeds, *output[1:]) if isinstance(output, tuple) else embeds
+        if is_dtensor(embeds):
+            noisy = add_to_whole(embeds, lambda whole: _add_noise(noise, whole, whole[..., 0], groups=self._groups))
+        else:
+            ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            noisy = _add_noise(noise, embeds, embeds[..., 0] if ids is None else ids, groups=self._groups)
+        return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+
+
+def _add_noise(
+    noise: Noise, embeds: Tensor, input_ids: Tensor, groups: Sequence[Any], **sequences: Tensor | None
+) -> Tensor:
+    """The noise of one process alone on `embeds` ``[..., L, D]``, of which a rank may hold a part.
+
+    `input_ids` are what the embedding was called with; where their shape is another one than that of the tokens in `embeds`,
+    as with several codebooks, they tell nothing.
+    """
+    held, tokens_shape = embeds[..., 0], embeds.shape[:-1]
+    sharded = len(groups) == 1 and input_ids.shape == (*tokens_shape[:-1], tokens_shape[-1] * group_size(groups[0]))
+    tokens = input_ids if sharded else held
+    part = noise.part_of(tokens)
+    if sharded and input_ids.shape != tokens_shape:  # the output of tensor parallelism with sequence parallelism
+        whole = Part(tokens.shape[-1], ((0, tokens.shape[-1]),)) if part is None else part
+        part = whole.slice(*part_of_rank(tokens_shape[-1], groups[0], "contiguous").pieces[0])
+    options = noise.arguments(tokens, embeds.shape[-1], part, groups, **sequences)
+    if part is None:
+        return add_noise(embeds, **options)
+    return in_parts(add_noise, embeds, held.ndim, part, options)

@@ -2,17 +2,24 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from neft_kernels import ops
+from neft_kernels import distributed, ops
+from neft_kernels.distributed import Part
 from neft_kernels.magnitude import NOISE_ON, SCALES, check_alpha, check_choice, magnitude_of_length, noise_magnitude
 
-__all__ = ["HOOK_ATTRIBUTE", "NO_SEQUENCES", "Noise", "NoiseSettings", "Sequences"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from neft_kernels.distributed import Group
+
+__all__ = ["HOOK_ATTRIBUTE", "NO_SEQUENCES", "Noise", "NoiseSettings", "Passes", "Sequences"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,60 @@ class Sequences:
 NO_SEQUENCES = Sequences()
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """A module's forward pass under way."""
+
+    sequences: Sequences
+    owner: object
+    outside: "_Pass | None"
+
+
+class Passes:
+    """The forward passes of one model that are under way, each thread's own: several may run the model at once."""
+
+    def __init__(self) -> None:
+        self._of_thread: dict[int, _Pass] = {}
+        # Of the last one that began, in whatever thread: a compiled graph cannot tell threads apart.
+        self._last: _Pass | None = None
+        #: Whether the last pass told of its sequences.
+        self.have_told = False
+
+    @property
+    def sequences(self) -> Sequences:
+        """What the innermost pass of this thread says."""
+        innermost = self._innermost()
+        return NO_SEQUENCES if innermost is None else innermost.sequences
+
+    def begin(self, owner: object, sequences: Sequences) -> None:
+        """`owner` begins a pass, inside those that have begun and not ended."""
+        self._set(_Pass(sequences, owner, self._innermost()))
+
+    def end(self, owner: object) -> None:
+        """The innermost pass of `owner` ends, and with it all that are inside of it."""
+        innermost = self._innermost()
+        while innermost is not None and innermost.owner is not owner:
+            innermost = innermost.outside
+        if innermost is not None:
+            self._set(innermost.outside)
+
+    def _innermost(self) -> _Pass | None:
+        return self._last if torch.compiler.is_compiling() else self._of_thread.get(threading.get_ident())
+
+    def _set(self, innermost: _Pass | None) -> None:
+        self._last = innermost
+        if torch.compiler.is_compiling():
+            return
+        if innermost is None:
+            del self._of_thread[threading.get_ident()]
+        else:
+            self._of_thread[threading.get_ident()] = innermost
+
+    def __reduce__(self) -> tuple:
+        """A copy or a pickle has nothing of the passes under way."""
+        return Passes, ()
+
+
 @dataclass
 class NoiseSettings:
     """What the noisy embeddings of one model share."""
@@ -67,8 +128,11 @@ class NoiseSettings:
     alpha: float | Callable[[int], float] = 5.0  # a callable is a schedule over `step`
     scale_by: str = "sequence"
     noise_on: str = "all"
-    stream: int | None = None  # None: the rank of this process
+    stream: int | None = None  # None: that of this process's replica
     backend: str | None = None
+    #: The ranks that hold the parts of the same sequences, and which part each of them holds.
+    sequence_group: "Group | None" = None
+    sequence_layout: str = "contiguous"
     enabled: bool = True
     #: Forward passes in training before this one, or the step that NEFTuneCallback or set_alpha last told.
     step: int = 0
@@ -79,8 +143,7 @@ class NoiseSettings:
     of_model: bool = False
     #: `alpha` for compiled graphs, once it has been set at run time: as a number it would be a constant of theirs.
     alpha_tensor: Tensor | None = None
-    #: Of the forward pass that is under way.
-    sequences: Sequences = NO_SEQUENCES
+    passes: Passes = field(default_factory=Passes, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("scale_by", self.scale_by, SCALES)
@@ -89,6 +152,9 @@ class NoiseSettings:
             raise ValueError(f"stream must be None or in [0, 2**32), not {self.stream}")
         if self.backend is not None:
             check_choice("backend", self.backend, ops.BACKENDS)
+        check_choice("sequence_layout", self.sequence_layout, distributed.SEQUENCE_LAYOUTS)
+        if self.sequence_group is not None:
+            distributed.check_group("sequence_group", self.sequence_group)
         if callable(self.alpha):
             self.set_alpha(self.alpha)
         else:
@@ -119,10 +185,6 @@ class NoiseSettings:
         check_alpha(alpha)
         return alpha
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle carries no tensors of the pass under way."""
-        return {**self.__dict__, "sequences": NO_SEQUENCES}
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "NoiseSettings":
         """An embedding that is copied alone, as PEFT does with those it trains, stays one of its model's.
 
@@ -134,6 +196,7 @@ class NoiseSettings:
         """A copy, which takes the place of these settings in all that the deepcopy under way has yet to copy."""
         if id(self) not in memo:
             twin = memo[id(self)] = copy.copy(self)
+            twin.passes = Passes()
             twin.alpha_tensor = None if self.alpha_tensor is None else self.alpha_tensor.clone()
         return memo[id(self)]
 
@@ -160,46 +223,95 @@ class Noise:
             return "off: gradients are disabled"
         if not settings.enabled:
             return "off: inside no_noise"
-        if settings.sequences.generating:
+        if settings.passes.sequences.generating:
             return "off: a cache is passed, so the model is generating"
         if HOOK_ATTRIBUTE in module.__dict__:
             return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
+        if is_recomputed() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            return "off: reentrant checkpointing recomputes a pass that had gradients disabled, and so no noise"
         # Once alpha has been set at run time, compiled graphs must not depend on its value.
         return "off: alpha is 0" if settings.alpha_tensor is None and settings.alpha == 0 else "on"
 
-    def arguments(self, tokens: Tensor, embedding_dim: int, **sequences: Tensor | None) -> dict[str, Any]:
+    def part_of(self, tokens: Tensor) -> Part | None:
+        """The part that `tokens` ``[..., L]`` are of their sequences; None: the whole."""
+        settings = self.settings
+        if settings.sequence_group is None:
+            return None
+        return distributed.part_of_rank(tokens.shape[-1], settings.sequence_group, settings.sequence_layout)
+
+    def arguments(
+        self,
+        tokens: Tensor,
+        embedding_dim: int,
+        part: Part | None = None,
+        groups: "Sequence[ProcessGroup]" = (),
+        **sequences: Any,
+    ) -> dict[str, Any]:
         """The arguments of the op that say which noise `tokens` ``[..., L]`` get; only shape and device of them count.
 
-        `sequences` are those of :func:`noise_magnitude`; without any, those of the model's forward pass are used as far as
-        they can be.
+        `part` is that of :meth:`part_of`, or a part of it; the magnitude is that of the part. `groups` are those over which
+        the table is spread. `sequences` are those of :func:`noise_magnitude`; without any, those of the model's forward pass
+        are used as far as they can be.
         """
         settings, note, noise_on = self.settings, "", self.settings.noise_on
-        if not sequences and settings.sequences is not NO_SEQUENCES:
-            sequences, note = settings.sequences.telling(tokens)  # type: ignore[assignment]
+        if not sequences:
+            sequences, note = self._sequences_of_pass(tokens)
         if noise_on != "all" and sequences.get("labels") is None:
             raise ValueError(f"noise_on={noise_on!r} needs labels of the ids' shape, but the model was called without")
+        if part is not None:
+            if settings.sequence_group is not None:
+                groups = [*groups, *distributed.groups_of(settings.sequence_group)]
+                sequences = {
+                    name: value
+                    if value is None or name == "cu_seq_lens"
+                    else distributed.gathered(value, settings.sequence_group, settings.sequence_layout)
+                    for name, value in sequences.items()
+                }
+            tokens = tokens[..., :1].expand(*tokens.shape[:-1], part.length)
 
-        compiling = torch.compiler.is_compiling()
-        if compiling and settings.is_schedule and settings.counts_steps:
-            raise RuntimeError(
-                "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
-            )
-        if compiling and settings.alpha_tensor is not None:
-            alpha: float | Tensor = settings.alpha_tensor.to(tokens.device)
-        else:
-            alpha = settings.current_alpha() if callable(settings.alpha) else settings.alpha
+        alpha = self._alpha(tokens.device)
         if sequences or tokens.numel() == 0:
             magnitude = noise_magnitude(
                 tokens, embedding_dim, alpha, scale_by=settings.scale_by, noise_on=noise_on, **sequences
             )
         else:
             magnitude = magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
-        if not compiling and _can_be_read_later(magnitude):
+        if part is not None and isinstance(magnitude, Tensor) and magnitude.ndim:
+            magnitude = part.of(magnitude)
+        if not torch.compiler.is_compiling() and _can_be_read_later(magnitude):
             first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
             if first and ops.logger.isEnabledFor(logging.INFO) and not _is_capturing(tokens):
                 self._log_first(tokens.device)
-        stream = _rank() if settings.stream is None else settings.stream
-        return {"magnitude": magnitude, "stream": stream, "backend": settings.backend}
+        stream = distributed.stream_of_replica(groups) if settings.stream is None else settings.stream
+        arguments = {"magnitude": magnitude, "stream": stream, "backend": settings.backend}
+        if groups:
+            arguments["seed"] = distributed.shared_seed(ops.draw_seed(tokens.device), groups)
+        return arguments
+
+    def _sequences_of_pass(self, tokens: Tensor) -> tuple[dict[str, Tensor], str]:
+        passes = self.settings.passes
+        sequences = passes.sequences
+        if sequences is NO_SEQUENCES:
+            if is_recomputed() and passes.have_told:
+                raise RuntimeError(
+                    "a checkpointed region that holds the embedding is recomputed outside of the module that got the masks; "
+                    "give them to a module inside the region"
+                )
+            return {}, ""
+        telling, note = sequences.telling(tokens)
+        passes.have_told = bool(telling)
+        return telling, note
+
+    def _alpha(self, device: torch.device) -> float | Tensor:
+        settings = self.settings
+        if torch.compiler.is_compiling():
+            if settings.is_schedule and settings.counts_steps:
+                raise RuntimeError(
+                    "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
+                )
+            if settings.alpha_tensor is not None:
+                return settings.alpha_tensor.to(device)
+        return settings.current_alpha() if callable(settings.alpha) else settings.alpha
 
     def bounds(self) -> tuple[float, float] | None:
         """Smallest and largest magnitude of the last noisy batch, over the tokens that got noise. Waits for the device."""
@@ -238,8 +350,6 @@ def _is_capturing(tokens: Tensor) -> bool:
     return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-_HAS_DISTRIBUTED = torch.distributed.is_available()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _HAS_DISTRIBUTED and torch.distributed.is_initialized() else 0
+def is_recomputed() -> bool:
+    """Whether this pass runs inside of backward, as activation checkpointing does it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from neft_kernels import ops
+from neft_kernels.distributed import is_dtensor
 from neft_kernels.modules import AddNoise, NEFTuneEmbedding
 from neft_kernels.noise import Noise
 
@@ -22,7 +23,7 @@ class EmbeddingReport:
     alpha: float
     scale_by: str
     noise_on: str
-    stream: int | None  # None: the rank of the process
+    stream: int | None  # None: that of the process's replica
     backend: str
     state: str  # "on", or why there is no noise at this moment
     last_magnitude: tuple[float, float] | None  # of the last noisy batch: smallest and largest, over tokens with noise
@@ -36,7 +37,7 @@ class EmbeddingReport:
         else:
             last = f"last batch within +-{self.last_magnitude[0]:.3g} to {self.last_magnitude[1]:.3g} by sequence"
         tokens = "" if self.noise_on == "all" else f" on the {self.noise_on}"
-        stream = "this rank" if self.stream is None else self.stream
+        stream = "of this replica" if self.stream is None else self.stream
         return (
             f"{self.name} ({self.module}): noise {self.state}; alpha={self.alpha:g} by {self.scale_by}{tokens}, "
             f"{self.strategy} on backend {self.backend!r}, stream {stream}; {last}"
@@ -64,8 +65,9 @@ def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Noise]]:
         if isinstance(module, NEFTuneEmbedding) and module.noise is not None:
             yield name, module, module.noise
         for hook in module._forward_hooks.values():
-            if isinstance(hook, AddNoise):
-                yield name, module, hook.noise
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, AddNoise):
+                yield name, module, owner.noise
 
 
 def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
@@ -74,7 +76,7 @@ def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
     return EmbeddingReport(
         name=name or "(the model itself)",
         module=type(module).__name__,
-        strategy="fused" if isinstance(module, NEFTuneEmbedding) else "add_noise",
+        strategy="fused" if isinstance(module, NEFTuneEmbedding) and not is_dtensor(module.weight) else "add_noise",
         alpha=settings.current_alpha(),
         scale_by=settings.scale_by,
         noise_on=settings.noise_on,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neft_kernels.noise import NO_SEQUENCES, NoiseSettings, Sequences
+from neft_kernels.noise import NoiseSettings, is_recomputed
 
 __all__ = ["WatchSequences", "modules_to_watch"]
 
@@ -31,15 +31,11 @@ class WatchSequences:
         self.settings = settings
         self.parameters = _parameters_of_forward(module)
         self.outermost = outermost
-        self.outside: Sequences | None = None
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
         module.register_forward_pre_hook(self.enter, with_kwargs=True)
         module.register_forward_hook(self.leave, always_call=True)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "outside": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WatchSequences":
         # A module's hooks are copied before its submodules, so the embeddings below follow.
@@ -55,23 +51,19 @@ class WatchSequences:
             for argument, attribute in _FROM_ARGUMENT.items()
             if argument in given
         }
-        outside = self.outside = self.settings.sequences
+        passes = self.settings.passes
+        outside = passes.sequences
         inside = replace(outside, **known)  # type: ignore[arg-type]
         # With labels there is training, whatever the cache is for: prefix tuning passes its prefix as one.
         has_cache = any(given.get(name) is not None for name in _CACHES)
-        self.settings.sequences = replace(
-            inside, generating=outside.generating or (has_cache and inside.labels is None)
-        )
-        if self.outermost and module.training and torch.is_grad_enabled() and not _is_repeated():
+        passes.begin(self, replace(inside, generating=outside.generating or (has_cache and inside.labels is None)))
+        # A compiled graph would be tied to the count of one pass, and a pass that is recomputed has been counted.
+        is_repeated = torch.compiler.is_compiling() or is_recomputed()
+        if self.outermost and module.training and torch.is_grad_enabled() and not is_repeated:
             self.settings.count_pass()
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.settings.sequences, self.outside = self.outside or NO_SEQUENCES, None
-
-
-def _is_repeated() -> bool:
-    """Whether this is a pass in a compiled graph, which a count would tie to one step, or one recomputed in backward."""
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+        self.settings.passes.end(self)
 
 
 def modules_to_watch(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
