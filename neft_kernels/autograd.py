@@ -1,5 +1,6 @@
 """The ops with their gradients, and the two public functions on top of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,109 +12,121 @@ __all__ = ["NoisyEmbedding", "add_noise", "noisy_embedding"]
 
 
 class _NoisyEmbedding(torch.autograd.Function):
-    """:class:`NoisyEmbedding` without forward-mode differentiation, of which torch.compile allows no definition."""
+    """:class:`NoisyEmbedding` without what torch.func and forward-mode differentiation need.
 
-    generate_vmap_rule = True
+    It is quicker, and torch.compile, which allows no definition of ``jvp``, traces it.
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
+        op: Callable[..., Tensor],
+        options: tuple[int, bool, bool],  # of embedding_backward: padding_idx, scale_grad_by_freq, sparse
         input_ids: Tensor,  # [...]
         weight: Tensor,  # [V, D]
-        seed: Tensor,  # [1]
-        token_magnitude: Tensor | None,  # [...]
-        magnitude: float,
-        stream: int,
-        first_token: int,
-        padding_idx: int,
-        scale_grad_by_freq: bool,
-        sparse: bool,
-        backend: str,
+        *noise: Any,
     ) -> Tensor:  # [..., D]
-        op = ops.OVERLOADS["noisy_embedding"][backend]
-        return op(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input_ids, weight = inputs[:2]
         ctx.save_for_backward(input_ids)
-        ctx.save_for_forward(input_ids)
-        ctx.num_embeddings = weight.shape[0]
-        ctx.options = inputs[7:10]
+        ctx.num_embeddings, ctx.options = weight.shape[0], options
+        return op(input_ids, weight, *noise)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (input_ids,) = ctx.saved_tensors
         grad_weight = torch.ops.aten.embedding_backward(grad, input_ids, ctx.num_embeddings, *ctx.options)
-        return None, grad_weight, *(None,) * 9
+        return None, None, None, grad_weight, *(None,) * NOISE_ARGUMENTS
 
 
-class NoisyEmbedding(_NoisyEmbedding):
+class NoisyEmbedding(torch.autograd.Function):
     """Embedding look-up plus noise in one kernel; the gradient is that of the plain embedding.
 
-    ``NoisyEmbedding.apply(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, padding_idx,
-    scale_grad_by_freq, sparse, backend)``, all positional and already checked; :func:`noisy_embedding` is the door to it.
+    ``NoisyEmbedding.apply(op, options, input_ids, weight, seed, token_magnitude, magnitude, stream, first_token)``, all
+    positional and already checked; :func:`noisy_embedding` is the door to it. `op` is an
+    overload of ``torch.ops.neft_kernels.noisy_embedding``, `options` are padding_idx (-1: none), scale_grad_by_freq, sparse.
     The noise does not depend on the weight, so it has no part in the gradient.
     """
-
-    @staticmethod
-    def jvp(ctx: Any, input_ids: None, weight: Tensor, *_: None) -> Tensor:
-        return torch.nn.functional.embedding(ctx.saved_tensors[0], weight)
-
-
-class _AddNoise(torch.autograd.Function):
-    """:class:`AddNoise` without forward-mode differentiation."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        embeds: Tensor,  # [..., D]
-        seed: Tensor,  # [1]
-        token_magnitude: Tensor | None,  # [...]
-        magnitude: float,
-        stream: int,
-        first_token: int,
-        backend: str,
-    ) -> Tensor:  # [..., D]
-        return ops.OVERLOADS["add_noise"][backend](embeds, seed, token_magnitude, magnitude, stream, first_token)
+        op: Callable[..., Tensor], options: tuple[int, bool, bool], input_ids: Tensor, weight: Tensor, *noise: Any
+    ) -> Tensor:
+        return op(input_ids, weight, *noise)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.options, input_ids, weight, *_ = inputs
+        ctx.save_for_backward(input_ids)
+        ctx.save_for_forward(input_ids)
+        ctx.num_embeddings = weight.shape[0]
+
+    backward = _NoisyEmbedding.backward
+
+    @staticmethod
+    def jvp(ctx: Any, op: None, options: None, input_ids: None, weight: Tensor, *_: None) -> Tensor:
+        return torch.nn.functional.embedding(ctx.saved_tensors[0], weight)
+
+
+class _AddNoise(torch.autograd.Function):
+    """:class:`AddNoise` as :class:`_NoisyEmbedding` is :class:`NoisyEmbedding`."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Callable[..., Tensor], options: tuple, embeds: Tensor, *noise: Any) -> Tensor:
+        return op(embeds, *noise)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, None, grad, *(None,) * NOISE_ARGUMENTS
+
+
+class AddNoise(torch.autograd.Function):
+    """Noise on given embeddings; the gradient passes through unchanged. :func:`add_noise` is the door to it.
+
+    ``AddNoise.apply(op, (), embeds, seed, token_magnitude, magnitude, stream, first_token)``
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Callable[..., Tensor], options: tuple, embeds: Tensor, *noise: Any) -> Tensor:  # [..., D]
+        return op(embeds, *noise)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         pass
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad, *(None,) * 6
-
-
-class AddNoise(_AddNoise):
-    """Noise on given embeddings; the gradient passes through unchanged. :func:`add_noise` is the door to it."""
+    backward = _AddNoise.backward
 
     @staticmethod
-    def jvp(ctx: Any, embeds: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Any, op: None, options: None, embeds: Tensor, *_: None) -> Tensor:
         return embeds.clone()
 
 
+NOISE_ARGUMENTS = 5  # seed, token_magnitude, magnitude, stream, first_token
 _FUNCTIONS = {"noisy_embedding": (NoisyEmbedding, _NoisyEmbedding), "add_noise": (AddNoise, _AddNoise)}
+# Function.apply without what it does for torch.func: at each call it inspects the signature of forward.
+_QUICK_APPLY = {
+    function: super(torch.autograd.Function, function).apply
+    for functions in _FUNCTIONS.values()
+    for function in functions
+}
 
 
-def _call(op: str, backend: str, args: tuple, options: tuple = ()) -> Tensor:
-    """The op on `args`, by way of its autograd function, which takes `options` besides, where anything is differentiated.
-
-    For the sake of torch.func, ``Function.apply`` inspects the signature of ``forward`` at each call. Where no such
-    transform is active, the class above it, which does the work, is enough, and four times quicker.
-    """
-    function, traceable_function = _FUNCTIONS[op]
+def _call(name: str, backend: str, args: tuple, options: tuple = ()) -> Tensor:
+    """The op on `args`, by way of its autograd function where anything is differentiated."""
+    op = ops.OVERLOADS[name][backend]
     if torch.compiler.is_compiling():
         if torch._C._functorch.maybe_current_level() is not None:  # the compiler would drop backward, without a word
             raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")
-        return traceable_function.apply(*args, *options, backend)
+        return _FUNCTIONS[name][1].apply(op, options, *args)
     if torch._C._are_functorch_transforms_active():
-        return function.apply(*args, *options, backend)
-    differentiated = torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)
-    if differentiated or torch.autograd.forward_ad._current_level >= 0:
-        return super(torch.autograd.Function, function).apply(*args, *options, backend)
-    return ops.OVERLOADS[op][backend](*args)
+        return _FUNCTIONS[name][0].apply(op, options, *args)
+    if torch.autograd.forward_ad._current_level >= 0:
+        return _QUICK_APPLY[_FUNCTIONS[name][0]](op, options, *args)
+    if torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad):
+        return _QUICK_APPLY[_FUNCTIONS[name][1]](op, options, *args)
+    return op(*args)
 
 
 def noisy_embedding(

@@ -2,10 +2,12 @@
 
 import math
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from neft_kernels import ops
 from neft_kernels.ops import broadcasts
 
 __all__ = ["NOISE_ON", "SCALES", "check_alpha", "check_choice", "magnitude_of_length", "noise_magnitude"]
@@ -66,7 +68,19 @@ def noise_magnitude(
     if scale_by == "batch" or (attention_mask is None and position_ids is None and cu_seq_lens is None):
         magnitude = magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
-        magnitude = _magnitude_by_sequence(alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens)
+        _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
+        kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens)
+        if kernel is None:
+            magnitude = _magnitude_by_sequence(
+                alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens
+            )
+        else:
+            magnitude = kernel(
+                _as_kernels_take_it(attention_mask, input_ids.shape),
+                _as_kernels_take_it(position_ids, input_ids.shape),
+                alpha,
+                embedding_dim,
+            )
     if noise_on == "all":
         return magnitude
     if labels is None:
@@ -86,15 +100,14 @@ def _magnitude_by_sequence(
     cu_seq_lens: Tensor | None,
 ) -> Tensor:
     # Every token's sequence, by number within its row, and whether it belongs to one at all.
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, not {list(attention_mask.shape)}"
-        )
     if cu_seq_lens is not None:
-        sequence = _sequences_from_cu_seq_lens(cu_seq_lens, input_ids)
+        tokens = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        sequence = torch.bucketize(tokens, cu_seq_lens[1:].to(tokens.device), right=True).expand(input_ids.shape)
         present = sequence < cu_seq_lens.numel() - 1
     elif position_ids is not None:
-        sequence = _sequences_from_position_ids(position_ids, input_ids)
+        positions = position_ids.expand(input_ids.shape)
+        begins = positions[..., 1:] != positions[..., :-1] + 1
+        sequence = torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
         present = torch.ones_like(sequence, dtype=torch.bool)
     else:
         assert attention_mask is not None
@@ -139,27 +152,52 @@ def magnitude_of_length(alpha: float | Tensor, length: int, embedding_dim: int, 
     return (alpha / length_tensor.sqrt()).to(torch.float32)
 
 
-def _sequences_from_position_ids(position_ids: Tensor, input_ids: Tensor) -> Tensor:
-    if position_ids.shape[-1:] != input_ids.shape[-1:] or not broadcasts(position_ids.shape, input_ids.shape):
-        raise ValueError(
-            f"position_ids must broadcast to input_ids, {list(input_ids.shape)}, but has shape {list(position_ids.shape)}"
-        )
-    positions = position_ids.expand(input_ids.shape)
-    begins = positions[..., 1:] != positions[..., :-1] + 1
-    return torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
+def _check_masks(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None
+) -> None:
+    shape = list(input_ids.shape)
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask must have the shape of input_ids, {shape}, not {list(attention_mask.shape)}")
+    if cu_seq_lens is not None:
+        if cu_seq_lens.ndim != 1 or cu_seq_lens.numel() < 2:
+            raise ValueError(f"cu_seq_lens must have shape [N + 1], not {list(cu_seq_lens.shape)}")
+        if input_ids.numel() != input_ids.shape[-1]:
+            raise ValueError(f"cu_seq_lens needs input_ids of one row, not of shape {shape}")
+        if cu_seq_lens.numel() > input_ids.shape[-1] + 1:
+            raise ValueError(
+                f"cu_seq_lens names {cu_seq_lens.numel() - 1} sequences, more than input_ids has tokens, {shape[-1]}"
+            )
+    elif position_ids is not None and (
+        position_ids.shape[-1:] != input_ids.shape[-1:] or not broadcasts(position_ids.shape, input_ids.shape)
+    ):
+        raise ValueError(f"position_ids must broadcast to input_ids, {shape}, but has shape {list(position_ids.shape)}")
 
 
-def _sequences_from_cu_seq_lens(cu_seq_lens: Tensor, input_ids: Tensor) -> Tensor:
-    if cu_seq_lens.ndim != 1 or cu_seq_lens.numel() < 2:
-        raise ValueError(f"cu_seq_lens must have shape [N + 1], not {list(cu_seq_lens.shape)}")
-    if input_ids.numel() != input_ids.shape[-1]:
-        raise ValueError(f"cu_seq_lens needs input_ids of one row, not of shape {list(input_ids.shape)}")
-    if cu_seq_lens.numel() > input_ids.shape[-1] + 1:
-        raise ValueError(
-            f"cu_seq_lens names {cu_seq_lens.numel() - 1} sequences, more than input_ids has tokens, {input_ids.shape[-1]}"
-        )
-    tokens = torch.arange(input_ids.shape[-1], device=input_ids.device)
-    return torch.bucketize(tokens, cu_seq_lens[1:].to(tokens.device), right=True).expand(input_ids.shape)
+def _kernel(
+    alpha: float | Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+) -> Callable[..., Tensor] | None:
+    """The op that computes the magnitudes at once; None where plain torch has to, which a compiler fuses by itself."""
+    if isinstance(alpha, Tensor) or cu_seq_lens is not None or torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    device = input_ids.device
+    if any(
+        each is not None and (each.is_floating_point() or each.device != device)
+        for each in (attention_mask, position_ids)
+    ):
+        return None
+    return ops.OVERLOADS["token_magnitude"].get(ops.choose_backend(device.type))
+
+
+def _as_kernels_take_it(values: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if values is None or (values.dtype == torch.int64 and values.shape == shape and values.is_contiguous()):
+        return values
+    return values.to(torch.int64).expand(shape).contiguous()
 
 
 def _wide(device: torch.device) -> torch.dtype:

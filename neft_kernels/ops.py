@@ -53,6 +53,12 @@ def _fake_add_noise(embeds: Tensor, *_: Any) -> Tensor:
     return torch.empty(embeds.shape, dtype=embeds.dtype, device=embeds.device)
 
 
+def _fake_token_magnitude(attention_mask: Tensor | None, position_ids: Tensor | None, *_: Any) -> Tensor:
+    given = position_ids if attention_mask is None else attention_mask
+    assert given is not None
+    return given.new_empty(given.shape, dtype=torch.float32)
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {"noisy_embedding": _fake_noisy_embedding, "add_noise": _fake_add_noise}
 
 
@@ -81,6 +87,22 @@ def _triton(op: str) -> Callable[..., Tensor]:
     return call
 
 
+def _token_magnitude(*args: Any) -> Tensor:
+    from neft_kernels import triton_magnitude
+
+    return triton_magnitude.token_magnitude(*args)
+
+
+#: The backends that compute magnitudes in one kernel; the others do it in plain torch, see magnitude.py.
+MAGNITUDE_BACKENDS = ("triton", "cpu")
+for _backend in MAGNITUDE_BACKENDS:
+    _library.define(
+        f"token_magnitude.{_backend}(Tensor? attention_mask, Tensor? position_ids, float alpha, int embedding_dim) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.register_fake(f"neft_kernels::token_magnitude.{_backend}", _fake_token_magnitude, lib=_library)
+_library.impl("token_magnitude.triton", _token_magnitude, "CompositeExplicitAutograd")
+
 for _op, _schema in _SCHEMAS.items():
     for _backend in BACKENDS:
         _library.define(f"{_op}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -99,6 +121,9 @@ if _cpu_extension is not None and _INSTRUCTION_SET is not None:
 #: The overloads by name of op and backend.
 OVERLOADS: dict[str, dict[str, Any]] = {
     op: {backend: getattr(getattr(torch.ops.neft_kernels, op), backend) for backend in BACKENDS} for op in _SCHEMAS
+}
+OVERLOADS["token_magnitude"] = {
+    backend: getattr(torch.ops.neft_kernels.token_magnitude, backend) for backend in MAGNITUDE_BACKENDS
 }
 
 

@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
+from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from neft_kernels import noise_magnitude
+from neft_kernels import noise_magnitude, ops
 
 D, ALPHA = 16, 5.0
+# What computes the magnitudes of tensors on the CPU: plain torch, where the backend has no kernel for it, or a kernel.
+COMPUTED_BY = ("reference", *(backend for backend in CPU_BACKENDS if backend in ops.MAGNITUDE_BACKENDS))
+
+
+@pytest.fixture(params=COMPUTED_BY, autouse=True)
+def computed_by(request, monkeypatch):
+    monkeypatch.setattr(ops, "choose_backend", lambda device_type, backend=None: request.param)
+    return request.param
 
 
 def expected(length):
@@ -142,6 +151,39 @@ def test_higher_dimensions():
     got = noise_magnitude(ids(2, 3, 4), D, ALPHA, attention_mask=mask)
     assert torch.equal(got[0, 1], lengths([2, 2, 0, 0])[0])
     assert torch.equal(got[1], lengths(*[[4] * 4] * 3))
+
+
+def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
+    """Random masks and positions, as long as two tiles of the Triton kernel and shorter, and with what no collator makes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, to):
+        return torch.randint(to, shape, generator=generator)
+
+    cases = []
+    for shape in ((1, 1), (3, 2), (2, 3, 37), (1, 5000)):
+        starts = (random(*shape, to=6) == 0).int()
+        positions = torch.arange(shape[-1]) - (torch.arange(shape[-1]) * starts).cummax(-1).values
+        masks = [
+            random(*shape, to=2),
+            random(*shape, to=4) - 1,
+            random(*shape, to=shape[-1] + 3),
+            random(*shape, to=2).bool(),
+        ]
+        cases += [{"attention_mask": mask} for mask in masks]
+        cases += [{"position_ids": each} for each in (positions, positions.int(), random(*shape, to=3), positions[:1])]
+        cases += [{"position_ids": positions, "attention_mask": mask} for mask in masks]
+        ended = positions.clone()
+        ended[..., shape[-1] // 2 :] = 0  # padding at the end
+        cases.append({"position_ids": ended})
+    for case in cases:
+        tokens = ids(*next(reversed(case.values())).shape)
+        got = noise_magnitude(tokens, 48, 7.3, **case)
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "choose_backend", lambda *_: "reference")
+            want = noise_magnitude(tokens, 48, 7.3, **case)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, want), case
 
 
 def test_compiled_is_a_tensor_of_the_same_value_and_one_graph():

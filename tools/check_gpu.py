@@ -122,17 +122,35 @@ def requests_of_launch(target: Any, launch: Callable[[], object]) -> list[tuple[
     return requests
 
 
-def check_triton(target_name: str, dtype_name: str, width: int, options: dict[str, Any]) -> list[Kernel]:
-    import torch
+def machine_code(target_name: str, launch: Callable[[], object], options: dict[str, Any]) -> list[MachineCode]:
+    """The machine code of the Triton kernels that `launch` launches."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
-
-    from neft_kernels import triton_backend
 
     is_amd = target_name.startswith("gfx")
     target = (
         GPUTarget("hip", target_name, 64) if is_amd else GPUTarget("cuda", int(target_name.removeprefix("sm_")), 32)
     )
+    codes = []
+    for function, request in requests_of_launch(target, launch):
+        source = ASTSource(function, request["signature"], request["constants"], request["configs"][0])
+        names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
+        compiled = compile(source, target=target, options={name: request[name] for name in names} | options)
+        if is_amd:
+            codes.append(from_amdgcn(compiled.asm["amdgcn"], compiled.asm["llir"]))
+        else:
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+                cubin.write(compiled.asm["cubin"])
+                cubin.flush()
+                codes += [code for _, _, code in disassemble(cubin.name)]
+    return codes
+
+
+def check_triton(target_name: str, dtype_name: str, width: int, options: dict[str, Any]) -> list[Kernel]:
+    import torch
+
+    from neft_kernels import triton_backend
+
     rows, seed = torch.zeros(64, width, dtype=getattr(torch, dtype_name)), torch.zeros(1, dtype=torch.int64)
     launches: dict[tuple[str, str], Callable[[], object]] = {}
     for magnitude, per_token in (("one magnitude", None), ("one per token", torch.zeros(64))):
@@ -149,19 +167,24 @@ def check_triton(target_name: str, dtype_name: str, width: int, options: dict[st
 
     kernels = []
     for (op, variant), launch in launches.items():
-        ((function, request),) = requests_of_launch(target, launch)
-        source = ASTSource(function, request["signature"], request["constants"], request["configs"][0])
-        names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
-        compiled = compile(source, target=target, options={name: request[name] for name in names} | options)
-        if is_amd:
-            code = from_amdgcn(compiled.asm["amdgcn"], compiled.asm["llir"])
-        else:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-                cubin.write(compiled.asm["cubin"])
-                cubin.flush()
-                ((_, _, code),) = disassemble(cubin.name)
+        (code,) = machine_code(target_name, launch, options)
         kernels.append(Kernel(target_name, "triton", op, dtype_name, variant, code))
     return kernels
+
+
+def check_magnitude(target_name: str) -> list[str]:
+    """What is wrong with the kernel for magnitudes, which is no budget's matter: it has to compile, and not to spill."""
+    import torch
+
+    from neft_kernels import triton_magnitude
+
+    found = []
+    zeros = torch.zeros(4, 5000, dtype=torch.int64)
+    for name, mask, positions in (("mask", zeros, None), ("positions", None, zeros), ("both", zeros, zeros)):
+        (code,) = machine_code(target_name, partial(triton_magnitude.token_magnitude, mask, positions, 5.0, 4096), {})
+        if code.spill_bytes:
+            found.append(f"triton token_magnitude for {target_name} ({name}) spills {code.spill_bytes} bytes")
+    return found
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------------
@@ -280,6 +303,8 @@ def main() -> None:
                 for target in targets
                 for dtype in dtypes
             ]
+            magnitudes = [pool.submit(check_magnitude, target) for target in targets]
+            problems += [problem for job in magnitudes for problem in job.result()]
         kernels = [kernel for job in jobs for kernel in job.result()]
     kernels.sort(key=lambda kernel: (kernel.source, targets.index(kernel.target), kernel.op, kernel.unaligned))
 

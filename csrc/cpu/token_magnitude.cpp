@@ -1,0 +1,99 @@
+// alpha / sqrt(L * d) for every token, L the length of its own sequence: what neft_kernels/magnitude.py says in plain torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace neft {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const int64_t* data_of(const std::optional<Tensor>& tensor) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long && tensor->is_contiguous(),
+                  "attention_mask and position_ids must be contiguous and int64");
+  return static_cast<const int64_t*>(tensor->const_data_ptr());
+}
+
+// One row of `length` tokens. `mask` and `positions` may be null, but not both.
+class Row {
+ public:
+  Row(int64_t length, double alpha, int64_t embedding_dim)
+      : length_(length), alpha_(alpha), embedding_dim_(embedding_dim), sequence_(length), tokens_(length + 1) {}
+
+  void fill(const int64_t* mask, const int64_t* positions, float* out) {
+    std::fill(tokens_.begin(), tokens_.end(), 0);
+    const auto is_present = [&](int64_t t) { return mask == nullptr || mask[t] != 0; };
+    for (int64_t t = 0, run = 0; t < length_; ++t) {
+      if (positions != nullptr) {
+        run += t > 0 && positions[t] != positions[t - 1] + 1;
+        sequence_[t] = run;
+      } else {
+        sequence_[t] = std::clamp<int64_t>(mask[t], 0, length_);
+      }
+      // Without positions, a negative mask is no sequence, as 0 is none.
+      tokens_[sequence_[t]] += is_present(t) && (positions != nullptr || mask[t] > 0);
+    }
+
+    // Collators that pack pad positions with 0 and give no mask: each padding token at the end looks like a sequence.
+    int64_t end = length_;
+    if (mask == nullptr && length_ > 1)
+      while (end > 0 && tokens_[sequence_[end - 1]] <= 1) --end;
+
+    for (int64_t t = 0; t < length_; ++t) {
+      const int64_t tokens = tokens_[sequence_[t]];
+      const bool noisy = t < end && is_present(t) && (positions != nullptr || mask[t] > 0);
+      // The square root is taken once a sequence, not once a token.
+      if (tokens != last_tokens_) {
+        last_tokens_ = tokens;
+        const double elements = static_cast<double>(std::max<int64_t>(tokens, 1)) * static_cast<double>(embedding_dim_);
+        last_magnitude_ = static_cast<float>(alpha_ / std::sqrt(elements));
+      }
+      out[t] = noisy ? last_magnitude_ : 0.0f;
+    }
+  }
+
+ private:
+  int64_t length_;
+  double alpha_;
+  int64_t embedding_dim_;
+  std::vector<int64_t> sequence_, tokens_;  // of each token its sequence; of each sequence its tokens
+  int64_t last_tokens_ = -1;
+  float last_magnitude_ = 0;
+};
+
+Tensor token_magnitude(const std::optional<Tensor>& attention_mask, const std::optional<Tensor>& position_ids, double alpha,
+                       int64_t embedding_dim) {
+  STD_TORCH_CHECK(attention_mask || position_ids, "attention_mask or position_ids must be given");
+  const Tensor& given = attention_mask ? *attention_mask : *position_ids;
+  STD_TORCH_CHECK(!attention_mask || !position_ids || attention_mask->numel() == position_ids->numel(),
+                  "attention_mask and position_ids must have one shape");
+  const std::vector<int64_t> sizes(given.sizes().begin(), given.sizes().end());
+  Tensor out = torch::stable::new_empty(given, sizes, ScalarType::Float);
+  const int64_t length = sizes.empty() ? 0 : sizes.back();
+  if (given.numel() == 0) return out;
+  const int64_t* mask = data_of(attention_mask);
+  const int64_t* positions = data_of(position_ids);
+  auto* magnitudes = static_cast<float*>(out.mutable_data_ptr());
+
+  constexpr int64_t kTokensPerThread = 8192;  // about 20 microseconds
+  const int64_t grain = std::max<int64_t>(1, kTokensPerThread / length);
+  torch::stable::parallel_for(0, given.numel() / length, grain, [&](int64_t first, int64_t last) {
+    Row row(length, alpha, embedding_dim);
+    for (int64_t r = first; r < last; ++r)
+      row.fill(mask ? mask + r * length : nullptr, positions ? positions + r * length : nullptr, magnitudes + r * length);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace neft
+
+STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CPU, m) { m.impl("token_magnitude.cpu", TORCH_BOX(&neft::token_magnitude)); }
