@@ -1,59 +1,31 @@
-"""Contract: noisy embeddings go wherever plain ones go: compilers, transforms, trainers, processes, failures."""
-
-import contextlib
-import copy
-import multiprocessing
-import pickle
+"""Contract: noisy embeddings go wherever plain ones go: exporters, compilers, transforms, contexts, devices."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import equal_bits
 from functorch.compile import aot_function, nop
-from test_trainer import D, model, rows
+from small_models import (
+    IDS,
+    LLAMA_INPUTS,
+    MASK,
+    WEIGHT,
+    differing,
+    gradients,
+    llama_batches,
+    noisy_gemma,
+    noisy_llama,
+    noisy_module,
+    padded_batches,
+    seeded,
+)
+from test_trainer import D, model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from neft_kernels import (
-    NEFTuneCallback,
-    NEFTuneEmbedding,
-    add_noise,
-    describe,
-    noisy_embedding,
-    ops,
-    patch_transformers,
-    replace_embeddings,
-    set_alpha,
-)
+from neft_kernels import NEFTuneEmbedding, add_noise, describe, no_noise, noisy_embedding, set_alpha
 
-IDS = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 0, 0]])
-MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 BOUNDARIES = torch.tensor([0, 2, 5])
-WEIGHT = torch.randn(50, D, generator=torch.Generator().manual_seed(0))
-LLAMA_INPUTS = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS, "use_cache": False}
-
-
-def noisy_llama(alpha=5.0, **options):
-    return replace_embeddings(model(), alpha=alpha, **options)
-
-
-def noisy_module(**options):
-    return NEFTuneEmbedding(50, D, _weight=WEIGHT.clone(), **options)
-
-
-def seeded(call, *args, **kwargs):
-    torch.manual_seed(5)
-    return call(*args, **kwargs)
-
-
-def gradients(network):
-    return {name: parameter.grad for name, parameter in network.named_parameters()}
-
-
-def differing(a, b):
-    """The names of the tensors that are not equal bit for bit."""
-    return [key for key in a.keys() | b.keys() if key not in a or key not in b or not equal_bits(a[key], b[key])]
 
 
 class Ops(nn.Module):
@@ -81,20 +53,37 @@ class TestExport:
             for got, want in zip(exported(*inputs), Ops()(*inputs), strict=True):
                 assert equal_bits(got, want)
 
-    @pytest.mark.parametrize("build", [noisy_module, noisy_llama])
-    def test_a_model_in_training(self, strict, build):
+    @pytest.mark.parametrize("make", [noisy_module, noisy_llama])
+    def test_a_model_in_training(self, strict, make):
         """It draws a seed at each call from the default generator, as the eager model does."""
-        network = build()
-        kwargs = {**LLAMA_INPUTS} if build is noisy_llama else {"attention_mask": MASK}
-        args = () if build is noisy_llama else (IDS,)
+        network = make()
+        args, kwargs = ((IDS,), {"attention_mask": MASK}) if make is noisy_module else ((), LLAMA_INPUTS)
         exported = torch.export.export(network, args, kwargs, strict=strict).module()
         torch.manual_seed(5)
         first, second = exported(*args, **kwargs), exported(*args, **kwargs)
         eager = seeded(network, *args, **kwargs)
-        if build is noisy_llama:
+        if make is not noisy_module:
             first, second, eager = first.logits, second.logits, eager.logits
         assert equal_bits(first, eager)
         assert not torch.equal(first, second)
+
+
+def test_an_exported_model_serves_other_batches():
+    """The lengths come from the mask that the program is given, not from the one that it was traced with."""
+    network, auto = noisy_gemma(), torch.export.Dim.AUTO
+    shapes = {"input_ids": {0: auto, 1: auto}, "attention_mask": {0: auto, 1: auto}, "use_cache": None}
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
+    exported = torch.export.export(network, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    for inputs in llama_batches():
+        assert equal_bits(seeded(exported, **inputs).logits, seeded(network, **inputs).logits)
+
+
+def test_a_saved_program_gives_the_same_bits(tmp_path):
+    inputs = (IDS, torch.rand(IDS.shape), torch.tensor([5]))
+    torch.export.save(torch.export.export(Ops(), inputs), tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").run_decompositions().module()
+    for got, want in zip(loaded(*inputs), Ops()(*inputs), strict=True):
+        assert equal_bits(got, want)
 
 
 def test_aot_function():
@@ -141,6 +130,21 @@ def test_functional_call_and_grad():
     for name, gradient in gradients(network).items():
         # Under the transform torch differentiates silu by other steps: roundings of 1e-16, in sums of a few hundred terms.
         assert torch.allclose(transformed[name], gradient, rtol=1e-11, atol=1e-14), name
+
+
+def test_an_ensemble_draws_together_or_apart():
+    """vmap over tables: "same" noise or "different" noise, as its randomness says, and neither unasked."""
+    module, tables = noisy_module(), {"weight": torch.zeros(3, 50, D)}
+
+    def outputs(randomness):
+        call = lambda table: torch.func.functional_call(module, table, (IDS,))  # noqa: E731
+        return torch.func.vmap(call, randomness=randomness)(tables)
+
+    same, different = outputs("same"), outputs("different")
+    assert torch.equal(same[0], same[1])
+    assert all(not torch.equal(different[a], different[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    with pytest.raises(RuntimeError, match="randomness"):
+        outputs("error")
 
 
 def test_double_backward_through_a_model():
@@ -262,15 +266,6 @@ def test_the_default_device_plays_no_part(default, backend):
         assert equal_bits(a, c)
 
 
-def padded_batches():
-    """Batches of growing length, with padding; sizes 0 and 1 would be graphs of their own."""
-    for length in (6, 9, 14, 23):
-        ids = torch.randint(3, 50, (2, length), generator=torch.Generator().manual_seed(length))
-        mask = torch.ones_like(ids)
-        mask[1, length // 2 :] = 0
-        yield ids, mask
-
-
 def test_a_compiled_module_is_one_graph_for_all_masks_and_lengths():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -285,17 +280,12 @@ def test_a_compiled_module_is_one_graph_for_all_masks_and_lengths():
         assert counter.frame_count == 1
 
 
-def llama_batches():
-    for ids, mask in padded_batches():
-        yield {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-
-
-@pytest.mark.parametrize("build", [model, noisy_llama])
-def test_a_compiled_llama_is_one_graph_for_all_masks_and_lengths(build):
+@pytest.mark.parametrize("make", [model, noisy_llama, noisy_gemma])
+def test_a_compiled_llama_is_one_graph_for_all_masks_and_lengths(make):
     """As the plain one is."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(build(), fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(make(), fullgraph=True, dynamic=True, backend=counter)
     for inputs in llama_batches():
         compiled(**inputs)
         assert counter.frame_count == 1
@@ -318,6 +308,25 @@ def test_a_compiled_llama_has_the_noise_of_the_eager_one():
     assert counter.frame_count == 1
 
 
+def test_a_compiled_module_follows_every_switch():
+    """It is plain wherever the eager one is, and noisy again afterwards."""
+    torch._dynamo.reset()
+    module = noisy_module()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def is_plain():
+        return torch.equal(compiled(IDS), module.weight[IDS])
+
+    for context in (torch.no_grad, torch.inference_mode, lambda: no_noise(module)):
+        assert not is_plain()
+        with context():
+            assert is_plain()
+    module.eval()
+    assert is_plain()
+    module.train()
+    assert not is_plain()
+
+
 def test_reduce_overhead_on_the_cpu():
     torch._dynamo.reset()
     module = noisy_module()
@@ -329,182 +338,3 @@ def test_reduce_overhead_on_the_cpu():
     assert not torch.equal(first, second)
     first.sum().backward()
     assert module.weight.grad[3].tolist() == [1.0] * D
-
-
-def schedule(step):
-    return 2.0 + step
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
-@pytest.mark.parametrize("how", ["replace_embeddings", "callback", "callback with a schedule", "patch_transformers"])
-def test_a_resumed_training_ends_with_the_same_bits(tmp_path, how):
-    """A run that stops at a checkpoint and goes on in a new Trainer ends with the weights of one that does not stop."""
-
-    def train(folder, stop_at=None, resume=False):
-        network = noisy_llama() if how == "replace_embeddings" else model()
-        option = {"neftune_noise_alpha": 5.0} if how == "patch_transformers" else {}
-        arguments = TrainingArguments(
-            str(tmp_path / folder),
-            max_steps=6,
-            save_steps=3,
-            per_device_train_batch_size=2,
-            report_to=[],
-            use_cpu=True,
-            seed=3,
-            **option,
-        )
-        callbacks = [StopAt(stop_at)]
-        if how.startswith("callback"):
-            callbacks.append(NEFTuneCallback(schedule if "schedule" in how else 5.0))
-        Trainer(network, arguments, train_dataset=rows(), callbacks=callbacks).train(resume_from_checkpoint=resume)
-        return network.state_dict()
-
-    with patch_transformers() if how == "patch_transformers" else contextlib.nullcontext():
-        whole, half, resumed = train("whole"), train("parts", stop_at=3), train("parts", resume=True)
-    assert differing(half, whole)
-    assert not differing(resumed, whole)
-
-
-@pytest.mark.parametrize("embedding_trained", [True, False])
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_layers_give_the_same_bits(use_reentrant, embedding_trained):
-    found = []
-    for checkpointed in (False, True):
-        network = noisy_llama()
-        network.get_input_embeddings().weight.requires_grad_(embedding_trained)
-        if not embedding_trained:
-            network.enable_input_require_grads()
-        if checkpointed:
-            network.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        loss = seeded(network, **LLAMA_INPUTS).loss
-        loss.backward()
-        grads = {name: grad for name, grad in gradients(network).items() if grad is not None}
-        found.append({"loss": loss.detach(), "next draw": torch.rand(1), **grads})
-    assert not differing(*found)
-    assert ("model.embed_tokens.weight" in found[0]) == embedding_trained
-
-
-class Noisy(torch.utils.data.Dataset):
-    """Rows of noise, made where the loader asks for them."""
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return noisy_embedding(IDS, WEIGHT, 0.1, seed=index, first_token=2**33)
-
-
-def test_workers_of_a_data_loader_make_the_same_noise():
-    expected = [Noisy()[index] for index in range(4)]
-    loader = torch.utils.data.DataLoader(Noisy(), batch_size=None, num_workers=2, multiprocessing_context="fork")
-    for got, want in zip(loader, expected, strict=True):
-        assert equal_bits(got, want)
-
-
-def test_a_forked_child_goes_on_like_its_parent():
-    """A child made in the middle of training continues with the parent's bits, forward and backward.
-
-    Small tensors: on large ones a child hangs in any op of torch, if the parent ran some on two threads.
-    """
-    module = noisy_module()
-    seeded(module, IDS).sum().backward()
-    reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def step():
-        module.zero_grad()
-        out = module(IDS, attention_mask=MASK)
-        out.square().sum().backward()
-        return {"out": out.detach(), "grad": module.weight.grad}
-
-    def child():
-        writer.send_bytes(pickle.dumps({key: value.numpy() for key, value in step().items()}))
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    writer.close()
-    try:
-        assert reader.poll(120), "the child hangs"
-        found = pickle.loads(reader.recv_bytes())
-    finally:
-        process.kill()
-        process.join()
-    assert not differing({key: torch.from_numpy(value) for key, value in found.items()}, step())
-
-
-def failing_op(*args):
-    raise torch.OutOfMemoryError("out of memory")
-
-
-@pytest.mark.parametrize("where", ["in the op", "before the embedding", "in a layer", "in backward"])
-def test_a_failed_pass_leaves_everything_usable(monkeypatch, where):
-    """After an error the model, its report and its noise are those of a model that never had one."""
-    network, untouched = noisy_llama(), noisy_llama()
-
-    def fail(*args):
-        raise torch.OutOfMemoryError("out of memory")
-
-    with monkeypatch.context() as patch:
-        if where == "in the op":
-            backend = describe(network)[0].backend
-            patch.setitem(ops.OVERLOADS["noisy_embedding"], backend, fail)
-        elif where == "before the embedding":
-            handle = network.get_input_embeddings().register_forward_pre_hook(fail)
-        elif where == "in a layer":
-            handle = network.model.layers[1].register_forward_pre_hook(fail)
-        else:
-            handle = network.model.layers[1].register_full_backward_hook(fail)
-        with pytest.raises(torch.OutOfMemoryError):
-            network(**LLAMA_INPUTS).loss.backward()
-        if where != "in the op":
-            handle.remove()
-    network.zero_grad()
-    assert describe(network)[0].state == "on"
-    found = []
-    for each in (network, untouched):
-        loss = seeded(each, **LLAMA_INPUTS).loss
-        loss.backward()
-        unmasked = each(input_ids=IDS[:, :3]).logits  # no mask is left behind
-        found.append({"loss": loss.detach(), "unmasked": unmasked.detach(), **gradients(each)})
-    assert not differing(*found)
-    assert describe(network) == describe(untouched)
-
-
-def test_a_failed_pass_draws_at_most_its_own_seed(monkeypatch):
-    """The generator is where a pass that did not fail would have left it."""
-    module, fresh = noisy_module(), noisy_module()
-    with monkeypatch.context() as patch:
-        patch.setitem(ops.OVERLOADS["noisy_embedding"], describe(module)[0].backend, failing_op)
-        with pytest.raises(torch.OutOfMemoryError):
-            seeded(module, IDS)
-    state = torch.get_rng_state()
-    seeded(fresh, IDS)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("alpha", [5.0, schedule], ids=["number", "schedule"])
-def test_a_copy_made_in_the_middle_of_training_goes_on_alike(copier, alpha):
-    network = noisy_llama(alpha)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-
-    def steps(network, optimizer, count):
-        for _ in range(count):
-            optimizer.zero_grad()
-            network(**LLAMA_INPUTS).loss.backward()
-            optimizer.step()
-
-    seeded(steps, network, optimizer, 2)
-    twin, twin_optimizer = copier((network, optimizer))
-    assert twin_optimizer.param_groups[0]["params"][0] is next(twin.parameters())
-    seeded(steps, network, optimizer, 3)
-    assert differing(dict(twin.named_parameters()), dict(network.named_parameters()))
-    seeded(steps, twin, twin_optimizer, 3)
-    assert not differing(dict(twin.named_parameters()), dict(network.named_parameters()))
-    assert describe(twin) == describe(network)
