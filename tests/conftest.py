@@ -1,5 +1,6 @@
 """What all tests share. Without a GPU, Triton kernels run in Triton's interpreter."""
 
+import contextlib
 import os
 
 import torch
@@ -26,6 +27,17 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-architectures", action="store_true", help="every architecture of transformers, not a sample"
     )
+    parser.addoption(
+        "--more-examples", type=int, default=1, help="so many times the examples of each property test, drawn anew"
+    )
+
+
+#: Options that test modules read when they are imported.
+OPTIONS = {}
+
+
+def pytest_configure(config):
+    OPTIONS["more_examples"] = config.getoption("--more-examples")
 
 
 def pytest_collection_modifyitems(items):
@@ -59,17 +71,26 @@ def kernels():
     return [*found, *(("cpu", "cpu", name) for name in ("avx512", "avx2", "portable"))]
 
 
+@contextlib.contextmanager
+def capped(instruction_set):
+    """The CPU's kernels use no more than `instruction_set`; None changes nothing."""
+    if instruction_set is None:
+        yield
+        return
+    before = ops._cpu_extension.instruction_set()
+    ops._cpu_extension.cap_instruction_set(instruction_set)
+    try:
+        yield
+    finally:
+        ops._cpu_extension.cap_instruction_set(before)
+
+
 @pytest.fixture(params=kernels(), ids=lambda kernel: "-".join(filter(None, kernel)))
 def kernel(request):
     """A (device, backend) pair, with the CPU's instruction set capped as the parameter says."""
     device, backend, instruction_set = request.param
-    if instruction_set is None:
+    with capped(instruction_set):
         yield device, backend
-        return
-    before = ops._cpu_extension.instruction_set()
-    ops._cpu_extension.cap_instruction_set(instruction_set)
-    yield device, backend
-    ops._cpu_extension.cap_instruction_set(before)
 
 
 @pytest.fixture

@@ -1,0 +1,340 @@
+"""Contract: noisy embeddings go wherever plain ones go: exporters, compilers, transforms, contexts, devices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import equal_bits
+from functorch.compile import aot_function, nop
+from small_models import (
+    IDS,
+    LLAMA_INPUTS,
+    MASK,
+    WEIGHT,
+    differing,
+    gradients,
+    llama_batches,
+    noisy_gemma,
+    noisy_llama,
+    noisy_module,
+    padded_batches,
+    seeded,
+)
+from test_trainer import D, model
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from neft_kernels import NEFTuneEmbedding, add_noise, describe, no_noise, noisy_embedding, set_alpha
+
+BOUNDARIES = torch.tensor([0, 2, 5])
+
+
+class Ops(nn.Module):
+    """Both ops with the seed as an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(WEIGHT.clone())
+
+    def forward(self, ids, magnitude, seed):
+        looked_up = noisy_embedding(ids, self.weight, magnitude, seed=seed, stream=3, first_token=2**40)
+        return looked_up, add_noise(looked_up, 0.3, seed=seed)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+class TestExport:
+    def test_ops_with_a_seed_tensor(self, strict):
+        """The program gives eager's bits for every seed and length."""
+        batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+        inputs = (IDS, torch.rand(IDS.shape), torch.tensor([5]))
+        dynamic = ({0: batch, 1: length}, {0: batch, 1: length}, None)
+        exported = torch.export.export(Ops(), inputs, dynamic_shapes=dynamic, strict=strict).module()
+        for seed, shape in ((5, (2, 5)), (-(2**63), (2, 5)), (7, (3, 11))):
+            inputs = (torch.randint(50, shape), torch.rand(shape), torch.tensor([seed]))
+            for got, want in zip(exported(*inputs), Ops()(*inputs), strict=True):
+                assert equal_bits(got, want)
+
+    @pytest.mark.parametrize("make", [noisy_module, noisy_llama])
+    def test_a_model_in_training(self, strict, make):
+        """It draws a seed at each call from the default generator, as the eager model does."""
+        network = make()
+        args, kwargs = ((IDS,), {"attention_mask": MASK}) if make is noisy_module else ((), LLAMA_INPUTS)
+        exported = torch.export.export(network, args, kwargs, strict=strict).module()
+        torch.manual_seed(5)
+        first, second = exported(*args, **kwargs), exported(*args, **kwargs)
+        eager = seeded(network, *args, **kwargs)
+        if make is not noisy_module:
+            first, second, eager = first.logits, second.logits, eager.logits
+        assert equal_bits(first, eager)
+        assert not torch.equal(first, second)
+
+
+def test_an_exported_model_serves_other_batches():
+    """The lengths come from the mask that the program is given, not from the one that it was traced with."""
+    network, auto = noisy_gemma(), torch.export.Dim.AUTO
+    shapes = {"input_ids": {0: auto, 1: auto}, "attention_mask": {0: auto, 1: auto}, "use_cache": None}
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
+    exported = torch.export.export(network, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    for inputs in llama_batches():
+        assert equal_bits(seeded(exported, **inputs).logits, seeded(network, **inputs).logits)
+
+
+def test_a_saved_program_gives_the_same_bits(tmp_path):
+    inputs = (IDS, torch.rand(IDS.shape), torch.tensor([5]))
+    torch.export.save(torch.export.export(Ops(), inputs), tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").run_decompositions().module()
+    for got, want in zip(loaded(*inputs), Ops()(*inputs), strict=True):
+        assert equal_bits(got, want)
+
+
+def test_aot_function():
+    network = noisy_module()
+    upstream = torch.randn(2, 5, D)
+
+    def loss(weight, ids, seed, upstream):
+        return (noisy_embedding(ids, weight, 0.1, seed=seed, padding_idx=0) * upstream).sum()
+
+    found = []
+    for function in (loss, aot_function(loss, fw_compiler=nop, bw_compiler=nop)):
+        weight = network.weight.detach().clone().requires_grad_()
+        value = function(weight, IDS, torch.tensor([9]), upstream)
+        value.backward()
+        found.append((value.detach(), weight.grad))
+    assert all(equal_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_aot_eager_backend_trains_as_eager_does():
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        network = noisy_llama()
+        run = torch.compile(network, backend="aot_eager") if compiled else network
+        loss = seeded(run, **LLAMA_INPUTS).loss
+        loss.backward()
+        found.append({"loss": loss.detach(), **gradients(network)})
+    assert not differing(*found)
+
+
+def test_functional_call_and_grad():
+    """Other parameters take the place of the model's own, in the noisy embedding too."""
+    network = noisy_llama().double()
+    parameters = {name: value.detach() * 1.5 for name, value in network.named_parameters()}
+
+    def loss(given):
+        return torch.func.functional_call(network, given, kwargs=LLAMA_INPUTS).loss
+
+    value, transformed = seeded(loss, parameters), seeded(torch.func.grad(loss), parameters)
+    network.load_state_dict(parameters, strict=False)
+    expected = seeded(network, **LLAMA_INPUTS).loss
+    expected.backward()
+    assert equal_bits(value, expected)
+    for name, gradient in gradients(network).items():
+        # Under the transform torch differentiates silu by other steps: roundings of 1e-16, in sums of a few hundred terms.
+        assert torch.allclose(transformed[name], gradient, rtol=1e-11, atol=1e-14), name
+
+
+def test_an_ensemble_draws_together_or_apart():
+    """vmap over tables: "same" noise or "different" noise, as its randomness says, and neither unasked."""
+    module, tables = noisy_module(), {"weight": torch.zeros(3, 50, D)}
+
+    def outputs(randomness):
+        call = lambda table: torch.func.functional_call(module, table, (IDS,))  # noqa: E731
+        return torch.func.vmap(call, randomness=randomness)(tables)
+
+    same, different = outputs("same"), outputs("different")
+    assert torch.equal(same[0], same[1])
+    assert all(not torch.equal(different[a], different[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    with pytest.raises(RuntimeError, match="randomness"):
+        outputs("error")
+
+
+def test_double_backward_through_a_model():
+    """The second derivative is that of the plain model at the noisy point."""
+    network = model().double()
+    network.set_attn_implementation("eager")
+    embedding = network.get_input_embeddings()
+    direction = torch.randn(embedding.weight.shape, dtype=torch.float64)
+
+    def second(noisy):
+        look_up = (
+            (lambda: noisy_embedding(IDS, embedding.weight, 0.1, seed=3))
+            if noisy
+            else (lambda: F.embedding(IDS, embedding.weight) + noise)
+        )
+        loss = network(inputs_embeds=look_up(), labels=IDS, use_cache=False).loss
+        (first,) = torch.autograd.grad(loss, embedding.weight, create_graph=True)
+        return torch.autograd.grad((first * direction).sum(), embedding.weight)[0]
+
+    with torch.no_grad():
+        noise = noisy_embedding(IDS, embedding.weight, 0.1, seed=3) - F.embedding(IDS, embedding.weight)
+    plain, found = second(False), second(True)
+    # The difference of the two points is one rounding, 1e-16; the two layers amplify it by far less than 1e4.
+    assert torch.allclose(found, plain, rtol=1e-10, atol=1e-12)
+    assert plain.abs().max() > 1e-6
+
+
+def test_autocast_leaves_the_embedding_alone_and_reaches_what_follows():
+    plain, noisy = nn.Embedding(50, D, _weight=WEIGHT.clone()), noisy_module()
+    linear = nn.Linear(D, 4)
+    outside = seeded(noisy, IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = seeded(noisy, IDS)
+        assert inside.dtype == plain(IDS).dtype == torch.float32
+        assert equal_bits(inside, outside)
+        assert equal_bits(add_noise(plain(IDS), 0.1, seed=3), add_noise(WEIGHT[IDS], 0.1, seed=3))
+        out = linear(inside)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert noisy.weight.grad.dtype == torch.float32
+
+    found = []
+    for network in (noisy_llama(alpha=0.0), model()):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = network(**LLAMA_INPUTS).loss
+        loss.backward()
+        found.append({"loss": loss.detach(), **gradients(network)})
+    assert not differing(*found)
+
+
+def test_deterministic_algorithms_change_nothing():
+    found = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            network = noisy_llama()
+            loss = seeded(network, **LLAMA_INPUTS).loss
+            loss.backward()
+            found.append({"loss": loss.detach(), **gradients(network)})
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert not differing(*found)
+
+
+def test_inference_mode_gives_the_plain_model_and_draws_nothing():
+    network, plain = noisy_llama(), model()
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert equal_bits(network(**LLAMA_INPUTS).logits, plain(**LLAMA_INPUTS).logits)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert describe(network)[0].last_magnitude is None
+    loss = seeded(network, **LLAMA_INPUTS).loss  # and afterwards it trains as if nothing had been
+    assert equal_bits(loss, seeded(noisy_llama(), **LLAMA_INPUTS).loss)
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device("meta"):
+        network = noisy_llama()
+        embedding = NEFTuneEmbedding(50, D)
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+        logits = network(ids).logits  # with a mask, transformers looks at its values, and there are none
+        assert (logits.device.type, logits.shape) == ("meta", (2, 5, 50))
+        out = embedding(ids)
+    assert (out.device.type, out.shape) == ("meta", (2, 5, D))
+    out.sum().backward()
+    assert embedding.weight.grad.device.type == "meta"
+    network.to_empty(device="cpu")
+    network.load_state_dict(model().state_dict())
+    network.model.rotary_emb = model().model.rotary_emb
+    assert equal_bits(seeded(network, **LLAMA_INPUTS).loss, seeded(noisy_llama(), **LLAMA_INPUTS).loss)
+
+
+@pytest.mark.parametrize("default", ["meta", "cpu"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_default_device_plays_no_part(default, backend):
+    """Tensors on the CPU get the same noise, whatever device new tensors go to."""
+
+    def everything():
+        module = noisy_module(backend=backend)
+        outputs = [noisy_embedding(IDS, WEIGHT, 0.1, seed=3, backend=backend)]
+        outputs += [add_noise(WEIGHT, 0.1, backend=backend), noisy_embedding(IDS.int(), WEIGHT, 0.1, backend=backend)]
+        outputs += [module(IDS), module(IDS, attention_mask=MASK), module(IDS, position_ids=IDS)]
+        outputs += [module(IDS[:1], cu_seq_lens=BOUNDARIES)]
+        set_alpha(module, 3.0)
+        outputs += [module(IDS)]
+        outputs[-1].sum().backward()
+        return [*outputs, module.weight.grad]
+
+    expected = seeded(everything)
+    with torch.device(default):
+        inside = seeded(everything)
+    torch.set_default_device(default)
+    try:
+        by_default = seeded(everything)
+    finally:
+        torch.set_default_device(None)
+    for a, b, c in zip(expected, inside, by_default, strict=True):
+        assert equal_bits(a, b)
+        assert equal_bits(a, c)
+
+
+def test_a_compiled_module_is_one_graph_for_all_masks_and_lengths():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = noisy_module()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for ids, mask in padded_batches():
+        torch.manual_seed(5)
+        first, second = compiled(ids, attention_mask=mask), compiled(ids, attention_mask=mask)
+        assert equal_bits(first, seeded(module, ids, attention_mask=mask))
+        assert not torch.equal(first, second)
+        assert torch.equal((first != F.embedding(ids, module.weight)).any(-1), mask.bool())
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("make", [model, noisy_llama, noisy_gemma])
+def test_a_compiled_llama_is_one_graph_for_all_masks_and_lengths(make):
+    """As the plain one is."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(make(), fullgraph=True, dynamic=True, backend=counter)
+    for inputs in llama_batches():
+        compiled(**inputs)
+        assert counter.frame_count == 1
+
+
+def test_a_compiled_llama_has_the_noise_of_the_eager_one():
+    """Fresh at each call, eager's for eager's seed, with alpha as it is set at the time, in one graph."""
+    torch._dynamo.reset()
+    network, eager = noisy_llama(), noisy_llama()
+    set_alpha(network, 5.0)  # once it has been set at run time, alpha is an input of the graph
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
+    for alpha, inputs in zip((5.0, 1.0, 20.0, 0.0), llama_batches(), strict=True):
+        for each in (network, eager):
+            set_alpha(each, alpha)
+        torch.manual_seed(5)
+        first, second = compiled(**inputs).logits, compiled(**inputs).logits
+        assert equal_bits(first, seeded(eager, **inputs).logits)
+        assert torch.equal(first, second) == (alpha == 0)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_module_follows_every_switch():
+    """It is plain wherever the eager one is, and noisy again afterwards."""
+    torch._dynamo.reset()
+    module = noisy_module()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+
+    def is_plain():
+        return torch.equal(compiled(IDS), module.weight[IDS])
+
+    for context in (torch.no_grad, torch.inference_mode, lambda: no_noise(module)):
+        assert not is_plain()
+        with context():
+            assert is_plain()
+    module.eval()
+    assert is_plain()
+    module.train()
+    assert not is_plain()
+
+
+def test_reduce_overhead_on_the_cpu():
+    torch._dynamo.reset()
+    module = noisy_module()
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    first, second = compiled(IDS), compiled(IDS)
+    bound = describe(module)[0].alpha / (5 * D) ** 0.5
+    for out in (first, second):
+        assert 0 < (out - F.embedding(IDS, module.weight)).abs().max() <= bound + 1e-6
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert module.weight.grad[3].tolist() == [1.0] * D
