@@ -1,0 +1,116 @@
+"""CPU: what else a training step does with its embedding, again plain, with the Hugging Face hook, and ours side by side.
+
+backward and both passes; the forward on padded batches, whose masks ours turns into a magnitude for each token; and the noise
+on embeddings that are no plain look-up (the hook's function, and add_noise, on the same tensor).
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import records
+import torch
+from test_cpu_forward import BF16, FP32, replay, table
+from timing import Samples, interleaved
+from torch import Tensor
+from transformers.integrations.neftune import neftune_post_forward_hook
+from variants import ALPHA, Shape, training_modules, verify
+
+from neft_kernels import add_noise, noise_magnitude, noisy_embedding
+
+VARIANTS = ("plain", "hook", "ours")
+BATCH = 8  # sequences in a padded batch
+#: Without the compiled variants, the gradient of a table of 32000 x 1024 takes as long as that of its copy.
+CASES = [
+    *((Shape(32000, 1024, 2048, dtype), passes) for dtype in (FP32, BF16) for passes in ("backward", "both")),
+    *(
+        (Shape(32000, width, 2048, dtype), passes)
+        for width in (1024, 4096)
+        for dtype in (FP32, BF16)
+        for passes in ("forward, padded batch", "add_noise")
+    ),
+]
+
+
+def calls(shape: Shape, passes: str) -> dict[str, Callable[[], object]]:
+    """The variants by name; verified."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.num_embeddings, shape.embedding_dim, generator=generator).to(shape.dtype)
+    ids = torch.randint(shape.num_embeddings, (BATCH, shape.tokens // BATCH), generator=generator)
+    modules = training_modules(weight, compiled=False)
+    verify(modules, ids, weight)
+    if passes == "forward, padded batch":
+        mask = padded(ids, generator)
+        ours = modules["ours"]
+        verify_padded(ours, ids, mask, weight)
+        return {
+            "plain": lambda: modules["plain"](ids),
+            "hook": lambda: modules["hook"](ids),
+            "ours": lambda: ours(ids, attention_mask=mask),
+        }
+    if passes == "add_noise":
+        embeds = modules["plain"](ids).detach()
+        magnitude = noise_magnitude(ids, shape.embedding_dim, ALPHA)
+        seed = torch.tensor([1])
+        assert torch.equal(
+            add_noise(embeds, magnitude, seed=seed), add_noise(embeds, magnitude, seed=seed, backend="reference")
+        )
+        return {
+            "plain": embeds.clone,
+            "hook": lambda: neftune_post_forward_hook(modules["hook"], (), embeds),
+            "ours": lambda: add_noise(embeds, magnitude),
+        }
+    found: dict[str, Callable[[], object]] = {}
+    for name in VARIANTS:
+        module = modules[name]
+        weights, out = list(module.parameters()), module(ids)
+        upstream = torch.randn(out.shape, generator=generator).to(shape.dtype)
+        if passes == "backward":  # the graph is kept, so that nothing else runs
+            found[name] = functools.partial(torch.autograd.grad, out, weights, upstream, retain_graph=True)
+        else:
+            found[name] = functools.partial(forward_and_backward, module, ids, weights, upstream)
+    return found
+
+
+def forward_and_backward(module: torch.nn.Module, ids: Tensor, weights: list, upstream: Tensor) -> object:
+    return torch.autograd.grad(module(ids), weights, upstream)
+
+
+def padded(ids: Tensor, generator: torch.Generator) -> Tensor:
+    """A mask whose rows end with padding of random length."""
+    lengths = torch.randint(ids.shape[1] // 4, ids.shape[1] + 1, (ids.shape[0], 1), generator=generator)
+    return (torch.arange(ids.shape[1]) < lengths).long()
+
+
+def verify_padded(module: torch.nn.Module, ids: Tensor, mask: Tensor, weight: Tensor) -> None:
+    """Ours equals the reference bit for bit, by sequence."""
+    torch.manual_seed(0)
+    got = module(ids, attention_mask=mask)
+    torch.manual_seed(0)
+    magnitude = noise_magnitude(ids, weight.shape[1], ALPHA, attention_mask=mask)
+    assert torch.equal(got, noisy_embedding(ids, weight, magnitude, backend="reference"))
+
+
+@functools.cache
+def measured(shape: Shape, passes: str) -> dict[str, Samples]:
+    torch.manual_seed(0)
+    return interleaved(calls(shape, passes))
+
+
+@pytest.mark.benchmark(timer=replay)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("shape", "passes"), CASES, ids=str)
+def test_pass(benchmark, summary, request, shape, passes, variant):
+    samples = measured(shape, passes)
+    replay.load(samples[variant])
+    benchmark.group = f"{shape}, {passes}"
+    benchmark.pedantic(lambda: None, rounds=len(samples[variant].seconds))
+    if variant == VARIANTS[-1]:
+        median = {name: each.median for name, each in samples.items()}
+        low, high = samples["ours"].spread
+        summary(
+            f"{f'{shape}, {passes}':66} ours {median['ours'] * 1e3:8.3f} ms ({low * 1e3:.3f}-{high * 1e3:.3f}), "
+            f"{median['ours'] / median['plain']:5.2f} x plain, hook {median['hook'] / median['ours']:5.1f} x ours"
+        )
+        if request.config.getoption("--record"):
+            records.append("cpu_passes", {"shape": str(shape), "passes": passes, "milliseconds": table(samples)})
