@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-all test-gpu install bench bench-gpu plots lint check-gpu clean
+.PHONY: demo test test-all test-gpu install bench bench-gpu randomness plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
@@ -35,8 +35,15 @@ test-gpu:  ## on a GPU: build both extensions in place, then all tests that such
 bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
 
-plots: $(INSTALLED)  ## the README's table and pictures, from the records alone
+randomness: $(INSTALLED)  ## is the noise random? appends to benchmarks/results/randomness.jsonl; BATTERY=1: dieharder too
+	$(BIN)/python benchmarks/randomness.py
+	$(BIN)/python benchmarks/randomness.py --break all
+	$(BIN)/python benchmarks/rounding.py
+	$(if $(BATTERY),$(BIN)/python benchmarks/randomness.py --battery)
+
+plots: $(INSTALLED)  ## the README's tables, figures and pictures, from the records alone
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report_randomness.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

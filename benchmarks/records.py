@@ -18,7 +18,9 @@ def environment() -> dict[str, Any]:
     """Device, software and commit."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    # The records themselves are no change to what is measured.
+    status = ["git", "status", "--porcelain", "-uno", "--", ":/", f":!{RESULTS.name}"]
+    changed = subprocess.run(status, cwd=here, capture_output=True, text=True)
     gpu = torch.cuda.is_available()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

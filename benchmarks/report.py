@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+RESULTS = HERE / "results"
 IN_TABLE = (
     "32000 x 4096, 2048 tokens, float32",
     "32000 x 4096, 2048 tokens, bfloat16",
@@ -34,7 +34,7 @@ LABELS = {
 
 def newest(name: str) -> dict[str, dict[str, Any]]:
     """The newest record of each shape."""
-    lines = (HERE / "results" / f"{name}.jsonl").read_text().splitlines()
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
     return {record["shape"]: record for record in map(json.loads, lines)}
 
 
@@ -87,12 +87,18 @@ def plot(records: dict[str, dict[str, Any]], to: Path) -> None:
     figure.savefig(to)
 
 
+def into_readme(name: str, text: str) -> None:
+    """Puts `text` between the README's marks of that name."""
+    begin, end = (f"<!-- {name}:{edge} -->" for edge in ("begin", "end"))
+    before, _, rest = README.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def main() -> None:
     records = newest("cpu_forward")
-    plot(records, HERE / "results" / "cpu_forward.png")
-    before, _, rest = README.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{table(records)}\n{END}{after}")
+    plot(records, RESULTS / "cpu_forward.png")
+    into_readme("measured", table(records))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,282 @@
+"""Contract: the package's noise passes the tests of benchmarks/randomness.py, known-bad noise fails those that are meant for
+it, and each statistic is what it is said to be.
+
+A p-value below `LEVEL` rejects. A run takes 29 of them for each element type, so noise that is what it should be would be
+rejected with a probability below 1e-9.
+"""
+
+import contextlib
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import battery
+import randomness
+import rounding
+import uniformity
+from noise_sources import BEYOND_STATISTICS, BROKEN, Source, bits_of, broken
+from randomness_plan import PAIR_TESTS, RELATIONS, TESTS, Sizes, make_plan, related
+
+from neft_kernels import ops, reference
+
+SIZES = Sizes(steps=1, tokens=1024, columns=640, pairs=64, pair_tokens=16, pair_columns=64)
+LEVEL = 1e-9 / (len(TESTS) + len(RELATIONS) * len(PAIR_TESTS))
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def rejected(source, dtype):
+    results = randomness.run_plan(source, make_plan(SIZES, seed=7, dtypes=(dtype,)))
+    return {result["test"] for result in results if result["p"] < LEVEL}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_noise_passes(dtype):
+    assert rejected(Source(), dtype) == set()
+
+
+CAUGHT_BY = {
+    "three-rounds": {"distribution", "spectrum", "correlation at any shift", "next step: same place"},
+    "low-half-twice": {"neighbouring columns", "correlation of columns", "spectrum", "correlation at any shift"},
+    "token-high-word": {f"token + 2**32: {test}" for test in PAIR_TESTS},
+    "seed-high-word": {f"seed bit: {test}" for test in PAIR_TESTS},
+    "stream-shifts-tokens": {"next stream: any shift"},
+    "stuck-bit": {"all values"},
+    "no-key-schedule": set(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_bad_noise_fails_the_tests_that_are_meant_for_it(name):
+    with broken(name) as source:
+        found = rejected(source, torch.bfloat16)
+    assert found >= CAUGHT_BY[name]
+    assert bool(found) == (name not in BEYOND_STATISTICS)
+    assert reference.PHILOX_ROUNDS == 10  # mended
+
+
+def test_what_runs_is_what_was_planned():
+    plan = make_plan(SIZES, seed=7, dtypes=(torch.bfloat16,))
+    del plan["tests"]["kurtosis"]
+    with pytest.raises(AssertionError, match="planned"):
+        randomness.run_plan(Source(), plan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_levels_are_the_noise_to_the_last_bit(dtype):
+    seed, stream, first_token = -(2**40) - 3, 5, 2**33 - 2
+    levels = Source().levels((5, 67), dtype, seed, stream, first_token)
+    u = reference.uniform(first_token + torch.arange(5), 67, dtype, torch.tensor([seed]), stream)
+    assert torch.equal(torch.from_numpy(uniformity.values(bits_of(dtype)))[levels], u.double())
+
+
+def test_related_noise_is_what_its_name_says():
+    def of(pair):
+        return [(identity["seed"] % 2**64, identity.get("stream"), identity.get("first_token")) for identity in pair]
+
+    torch.manual_seed(3)
+    found = {relation: [of(pair) for pair in pairs] for relation, pairs in related(SIZES)}
+    assert found.keys() == RELATIONS.keys()
+    assert all((after[0] - before[0]) % 2**64 == 1 for before, after in found["seed + 1"])
+    assert [before[0] ^ after[0] for before, after in found["seed bit"]] == [1 << bit for bit in range(64)]
+    assert all(this[1] == following[0] for this, following in itertools.pairwise(found["next step"]))
+    assert all(a[0] == b[0] and (a[1], b[1]) == (r, r + 1) for r, (a, b) in enumerate(found["next stream"]))
+    assert all(a[0] == b[0] and (a[2], b[2]) == (None, 2**32) for a, b in found["token + 2**32"])
+
+
+def test_seeds_are_those_that_the_package_draws():
+    torch.manual_seed(5)
+    seeds = battery.draw_seeds(3)
+    torch.manual_seed(5)
+    out = [
+        ops.OVERLOADS["add_noise"]["reference"](torch.zeros(2, 8), ops.draw_seed(torch.device("cpu")), None, 1.0, 0, 0)
+        for _ in seeds
+    ]
+    for seed, noise in zip(seeds, out, strict=True):
+        assert torch.equal(noise, reference.uniform(torch.arange(2), 8, torch.float32, torch.tensor([seed])))
+
+
+# --- the statistics --------------------------------------------------------------------------------------------------
+
+rng = np.random.default_rng
+
+
+def test_chi_square_is_scipys_and_two_sided():
+    counts = rng(0).multinomial(10_000, [1 / 64] * 64)
+    statistic, p = uniformity.chi_square(counts)
+    expected = stats.chisquare(counts)
+    assert statistic == pytest.approx(expected.statistic)
+    assert p == pytest.approx(2 * min(expected.pvalue, 1 - expected.pvalue))
+    assert uniformity.chi_square(np.full(64, 100)) == (0.0, 0.0)  # too even to be true
+
+
+def test_exponential_distance_is_scipys():
+    sample = rng(1).exponential(size=5000)
+    expected = stats.kstest(sample, "expon")
+    distance = uniformity.exponential_distance(sample)
+    assert distance == pytest.approx(expected.statistic)
+    # Kolmogorov's law is a limit; at 5000 values it is off by less than 0.01.
+    p = uniformity.kolmogorov_smirnov(distance, sample.size)
+    assert p == pytest.approx(2 * min(expected.pvalue, 1 - expected.pvalue), abs=0.02)
+
+
+def test_lattice_distance():
+    assert uniformity.lattice_distance(np.array([1, 1, 1, 1])) == 0
+    assert uniformity.lattice_distance(np.array([4, 0, 0, 0])) == 0.75
+    assert uniformity.lattice_distance(np.array([0, 1, 1, 2])) == 0.25
+
+
+def test_kolmogorov_smirnov_knows_the_lattice():
+    """On 64 cells the continuous law would be off by up to 0.12; the frequencies have standard errors of 0.0035."""
+    counts = rng(2).multinomial(20_000, [1 / 64] * 64, size=20_000)
+    distances = np.abs(counts.cumsum(axis=1) / 20_000 - np.arange(1, 65) / 64).max(axis=1)
+    for quantile in (0.5, 0.8, 0.95):
+        distance = np.quantile(distances, quantile)
+        p = uniformity.kolmogorov_smirnov(distance, 20_000, cells=64)
+        assert p == pytest.approx(2 * min(quantile, 1 - quantile), abs=0.03)
+
+
+def test_moments_of_the_whole_lattice_are_exact():
+    for bits in (4, 16):
+        found = uniformity.moments(np.full(1 << bits, 3))
+        u = uniformity.values(bits)
+        assert found["mean"]["value"] == pytest.approx(0, abs=1e-15)
+        assert found["variance"]["value"] == pytest.approx(u.var())
+        assert found["kurtosis"]["value"] == pytest.approx(stats.kurtosis(u, fisher=False))
+        assert all(result["p"] == pytest.approx(1, abs=1e-6) for result in found.values())
+
+
+def test_moments_have_their_standard_errors():
+    """Over 4000 samples of 1000 values; a standard deviation from 4000 has a standard error of 1.2 %."""
+    samples = rng(3).integers(16, size=(4000, 1000))
+    found = [uniformity.moments(np.bincount(sample, minlength=16)) for sample in samples]
+    for name, result in found[0].items():
+        deviation = np.std([moments[name]["value"] for moments in found])
+        assert deviation == pytest.approx(result["standard_error"], rel=0.06)
+
+
+def test_p_values():
+    assert uniformity.normal(1.959964) == pytest.approx(0.05, rel=1e-5)
+    assert uniformity.normal(-1.959964) == pytest.approx(0.05, rel=1e-5)
+    median = stats.chi2.ppf(0.5, 10)
+    assert uniformity.sum_of_squares(median, 10) == pytest.approx(1)
+    assert uniformity.sum_of_squares(stats.chi2.ppf(0.975, 10), 10) == pytest.approx(0.05)
+    # Of 1000 statistics one exceeds the 1 - 1e-6 quantile with probability 1 - (1 - 1e-6)**1000.
+    assert uniformity.largest(1e-6, 1000) == pytest.approx(2 * (1 - (1 - 1e-6) ** 1000))
+    assert uniformity.largest(0.01, 1000) == pytest.approx(2 * 0.99**1000)  # a largest one that is too small
+
+
+def test_holm():
+    """Textbook: sorted p-values times 4, 3, 2, 1, made increasing."""
+    assert uniformity.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert uniformity.holm([0.9, 0.8]) == [1, 1]
+
+
+def test_correlations_at_every_shift():
+    a, b = torch.randn(2, 6, 10, dtype=torch.float64)
+    shifts = uniformity.correlations([(a, b), (b, a)])
+    for i, j in ((0, 0), (1, 0), (0, 3), (5, 9)):
+        pooled = (a * b.roll((-i, -j), (0, 1))).sum() + (b * a.roll((-i, -j), (0, 1))).sum()
+        assert shifts[i, j] == pytest.approx(float(pooled) / 120**0.5)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (5, 10), (6, 7), (5, 7)])
+def test_half_plane_has_each_shift_once(shape):
+    rows, columns = shape
+    labels = torch.arange(rows * columns).reshape(shape)
+    images = labels.flip(0, 1).roll((1, 1), (0, 1))  # the label at minus the shift
+    kept = uniformity.half_plane(labels, columns).tolist()
+    twins = uniformity.half_plane(images, columns).tolist()
+    assert 0 not in kept
+    assert len({*kept}) == len(kept)
+    # A value and its twin are never both kept.
+    assert not {*kept} & {*twins}
+    assert torch.equal(uniformity.half_plane(labels[:, : columns // 2 + 1], columns), torch.tensor(kept))
+
+
+def test_periodogram():
+    """White noise has ordinates of mean 1; a wave of amplitude a adds n a**2 / 4 to one of them."""
+    tokens, columns = torch.arange(32.0)[:, None], torch.arange(64.0)
+    wave = 0.5 * torch.cos(2 * torch.pi * (5 * tokens / 32 + 9 * columns / 64))
+    ordinates = uniformity.periodogram(wave)
+    assert ordinates.max() == pytest.approx(32 * 64 * 0.25 / 4, rel=1e-4)
+    assert (ordinates > 1e-3).sum() == 1
+    noise = uniformity.periodogram(torch.randn(512, 512, generator=torch.Generator().manual_seed(0)))
+    assert float(noise.mean()) == pytest.approx(1, abs=5 / noise.numel() ** 0.5)
+
+
+def test_normal_scores():
+    scores = uniformity.normal_scores(torch.arange(65536), 16).double()
+    assert (scores.diff() > 0).all()
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(scores.square().mean()) == pytest.approx(1, abs=1e-6)
+    assert float(scores[39321]) == pytest.approx(stats.norm.ppf(0.6), abs=1e-3)
+
+
+def test_standardised():
+    noise = uniformity.standardised(torch.arange(65536), 16).double()
+    assert float(noise.square().mean()) == pytest.approx(1, abs=1e-6)
+
+
+# --- the battery, and rounding ---------------------------------------------------------------------------------------
+
+
+def test_the_battery_gets_the_words_of_the_reference():
+    torch.manual_seed(0)
+    seeds = [*battery.draw_seeds(2), -1]
+    with tempfile.TemporaryDirectory() as folder:
+        program = battery.build(Path(folder))
+        battery.verify(program, seeds)
+        with battery.streaming(program, seeds) as words, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(battery, "streaming", lambda *_: contextlib.nullcontext(words))
+            with pytest.raises(AssertionError, match="differs"):
+                battery.verify(program, [seeds[0], seeds[2]])
+
+
+def test_dieharder_is_parsed():
+    output = """#====#
+      diehard_operm5|   0|   1000000|     100|0.99540846|   WEAK
+          sts_serial|  16|    100000|     100|0.00000001|  FAILED
+        # a remark | with | bars | in | it | too
+"""
+    assert battery.parse(output) == [
+        {"test": "diehard_operm5", "ntuple": 0, "tsamples": 10**6, "psamples": 100, "p": 0.99540846, "verdict": "WEAK"},
+        {"test": "sts_serial", "ntuple": 16, "tsamples": 10**5, "psamples": 100, "p": 1e-8, "verdict": "FAILED"},
+    ]
+
+
+def test_the_battery_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="apt-get install dieharder"):
+        battery.run()
+
+
+def test_what_is_left_of_noise():
+    rows = torch.randn(64, 64).bfloat16()
+    noise = (torch.rand(64, 64) * 2 - 1) * 0.5
+    nothing = rounding.compare(rows, rows, noise, 0.5)
+    assert (nothing["changed"], nothing["deviation"], nothing["correlation"]) == (0, 0, 0)
+    everything = rounding.compare(rows.float(), rows.float() + noise, noise, 0.5)
+    assert everything["changed"] > 0.99
+    assert everything["correlation"] == pytest.approx(1, abs=1e-6)
+    assert everything["deviation"] == pytest.approx(float(noise.square().mean()) ** 0.5 / (0.5 / 3**0.5), rel=1e-4)
+    assert everything["mean"] == pytest.approx(float(noise.mean()) / 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", rounding.DTYPES, ids=str)
+def test_large_embeddings_round_noise_away(dtype):
+    """Below half a unit in the last place nothing changes; of rows near 0 everything does. `measure` checks both sums."""
+    large, small = (torch.full((rounding.NUM_EMBEDDINGS, rounding.WIDTH), value, dtype=dtype) for value in (1.5, 0.0))
+    for cell in rounding.measure(large, 1024):
+        expected = 0 if dtype == torch.bfloat16 else pytest.approx(1 - 2**-11 / rounding.magnitude_of(1024), abs=0.01)
+        assert cell["changed"] == expected
+    for cell in rounding.measure(small, 1024):
+        assert cell["changed"] == pytest.approx(1, abs=1e-3)
+        assert cell["correlation"] == pytest.approx(1, abs=1e-4)
