@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-all test-gpu install bench bench-gpu plots lint check-gpu clean
+.PHONY: demo test test-all test-gpu install bench bench-gpu effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
@@ -34,6 +34,11 @@ test-gpu:  ## on a GPU: build both extensions in place, then all tests that such
 
 bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
+
+EFFECT_PRESET ?= small
+
+effect: $(INSTALLED)  ## what the noise does to fine-tuned models, in small; goes on where it was; EFFECT_PRESET=gpu
+	$(BIN)/python benchmarks/effect.py --preset $(EFFECT_PRESET)
 
 plots: $(INSTALLED)  ## the README's table and pictures, from the records alone
 	$(BIN)/python benchmarks/report.py
