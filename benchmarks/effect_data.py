@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
-from docstring_data import (  # noqa: E402
+from docstring_data import (
     OPTIONAL_MODULES,
     SKIPPED_MODULES,
     SKIPPED_PACKAGES,
@@ -22,7 +22,7 @@ from docstring_data import (  # noqa: E402
     collect_pairs,
     split_pairs,
 )
-from tuning_inputs import PROMPT, train_tokenizer  # noqa: E402
+from tuning_inputs import PROMPT, train_tokenizer
 
 __all__ = [
     "Example",

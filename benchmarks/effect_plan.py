@@ -44,13 +44,13 @@ PRESETS = {
     for preset in (
         Preset(
             name="small",
-            hidden_size=192,
-            intermediate_size=512,
+            hidden_size=128,
+            intermediate_size=320,
             num_hidden_layers=4,
-            num_attention_heads=3,
+            num_attention_heads=2,
             vocab_size=4096,
             block_tokens=256,
-            pretraining_steps=1000,
+            pretraining_steps=800,
             pretraining_blocks=8,
             pretraining_learning_rate=2e-3,
             pair_tokens=96,

@@ -25,7 +25,18 @@ from effect_training import answer_loss, pretrain
 
 #: What does not change the pretrained model, nor the examples.
 NOT_SHARED = frozenset(
-    "name training_pairs epochs update_pairs learning_rate loss_pairs answered_pairs answer_tokens alphas seeds".split()
+    {
+        "name",
+        "training_pairs",
+        "epochs",
+        "update_pairs",
+        "learning_rate",
+        "loss_pairs",
+        "answered_pairs",
+        "answer_tokens",
+        "alphas",
+        "seeds",
+    }
 )
 
 

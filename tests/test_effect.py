@@ -110,10 +110,10 @@ def test_holm():
 
 def test_docstrings_are_cut_out(library):
     """Every docstring goes, in any of its forms, and nothing else."""
-    source = '"""Module."""\nx = "kept"\n\nclass A:\n    "é"; y = 1\n    def f(self): """One\n        two."""\n    z = """kept"""\n'
-    assert without_docstrings(source.encode()) == (
-        'x = "kept"\n\nclass A:\n    ; y = 1\n    def f(self): \n    z = """kept"""\n'
-    )
+    module = '"""Module."""\nx = "kept"\n\n'
+    class_ = 'class A:\n    "é"; y = 1\n    def f(self): """One\n        two."""\n    z = """kept"""\n'
+    without = 'x = "kept"\n\nclass A:\n    ; y = 1\n    def f(self): \n    z = """kept"""\n'
+    assert without_docstrings((module + class_).encode()) == without
     assert len(library_sources(library)) == len(MODULES)
 
 
