@@ -40,8 +40,9 @@ EFFECT_PRESET ?= small
 effect: $(INSTALLED)  ## what the noise does to fine-tuned models, in small; goes on where it was; EFFECT_PRESET=gpu
 	$(BIN)/python benchmarks/effect.py --preset $(EFFECT_PRESET)
 
-plots: $(INSTALLED)  ## the README's table and pictures, from the records alone
+plots: $(INSTALLED)  ## the README's tables and pictures, from the records alone
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/effect_report.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 IN_TABLE = (
     "32000 x 4096, 2048 tokens, float32",
     "32000 x 4096, 2048 tokens, bfloat16",
@@ -87,12 +86,20 @@ def plot(records: dict[str, dict[str, Any]], to: Path) -> None:
     figure.savefig(to)
 
 
+def write_section(readme: Path, name: str, text: str) -> None:
+    """Puts `text` between the two comments of `readme` that mark the section `name`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = readme.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{readme} has no section between {begin} and {end}")
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def main() -> None:
     records = newest("cpu_forward")
     plot(records, HERE / "results" / "cpu_forward.png")
-    before, _, rest = README.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{table(records)}\n{END}{after}")
+    write_section(README, "measured", table(records))
 
 
 if __name__ == "__main__":
