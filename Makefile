@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-all test-gpu install bench bench-gpu randomness plots lint check-gpu clean
+.PHONY: demo test test-all test-gpu install bench bench-gpu randomness effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
@@ -41,9 +41,15 @@ randomness: $(INSTALLED)  ## is the noise random? appends to benchmarks/results/
 	$(BIN)/python benchmarks/rounding.py
 	$(if $(BATTERY),$(BIN)/python benchmarks/randomness.py --battery)
 
+EFFECT_PRESET ?= small
+
+effect: $(INSTALLED)  ## what the noise does to fine-tuned models, in small; goes on where it was; EFFECT_PRESET=gpu
+	$(BIN)/python benchmarks/effect.py --preset $(EFFECT_PRESET)
+
 plots: $(INSTALLED)  ## the README's tables, figures and pictures, from the records alone
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/report_randomness.py
+	$(BIN)/python benchmarks/effect_report.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

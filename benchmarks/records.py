@@ -41,7 +41,23 @@ def cpu_name() -> str:
 
 
 def append(name: str, record: dict[str, Any]) -> None:
-    """Adds `record`, with the environment, to ``results/<name>.jsonl``."""
+    """Adds `record`, with the environment, to ``results/<name>.jsonl``; what `record` says of the environment holds."""
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps({**environment(), **record}) + "\n")
+    path = RESULTS / f"{name}.jsonl"
+    line = json.dumps({**environment(), **record}) + "\n"
+    with path.open("a+b") as file:
+        if file.tell() and not path.read_bytes().endswith(b"\n"):  # a line that was cut off midway stays alone
+            file.write(b"\n")
+        file.write(line.encode())
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    """The records of ``results/<name>.jsonl``, oldest first; a line that was cut off midway is none."""
+    path = RESULTS / f"{name}.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found

@@ -87,18 +87,20 @@ def plot(records: dict[str, dict[str, Any]], to: Path) -> None:
     figure.savefig(to)
 
 
-def into_readme(name: str, text: str) -> None:
-    """Puts `text` between the README's marks of that name."""
-    begin, end = (f"<!-- {name}:{edge} -->" for edge in ("begin", "end"))
-    before, _, rest = README.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+def write_section(readme: Path, name: str, text: str) -> None:
+    """Puts `text` between the two comments of `readme` that mark the section `name`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = readme.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{readme} has no section between {begin} and {end}")
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> None:
     records = newest("cpu_forward")
     plot(records, RESULTS / "cpu_forward.png")
-    into_readme("measured", table(records))
+    write_section(README, "measured", table(records))
 
 
 if __name__ == "__main__":

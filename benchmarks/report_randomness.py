@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from report import RESULTS, into_readme
+from report import README, RESULTS, write_section
 from scipy import stats
 
 TYPES = {"float32": "#1f6feb", "float64": "#6cb4ee", "float16": "#2a9d8f", "bfloat16": "#264653"}
@@ -213,7 +213,7 @@ def main() -> None:
         f"Measured on {tests['device']}, torch {tests['torch']}, commit {tests['commit']}; "
         "[the records](benchmarks/results/randomness.jsonl) hold every p-value.",
     ]
-    into_readme("randomness", "\n\n".join(paragraphs))
+    write_section(README, "randomness", "\n\n".join(paragraphs))
 
 
 if __name__ == "__main__":

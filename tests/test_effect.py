@@ -1,0 +1,236 @@
+"""The experiment on NEFTune's effect: its measures and intervals against known answers, and the whole chain in seconds."""
+
+import itertools
+import json
+import math
+import shutil
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import effect  # noqa: E402
+import effect_training  # noqa: E402
+import records  # noqa: E402
+from effect_data import library_sources, without_docstrings  # noqa: E402
+from effect_intervals import holm, paired_interval, t_quantile, t_two_sided  # noqa: E402
+from effect_measures import ngrams, repeated_share, rouge_l, seen_share  # noqa: E402
+from effect_plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs  # noqa: E402
+from effect_prepare import prepare  # noqa: E402
+from effect_training import document_lengths, fine_tune  # noqa: E402
+
+TINY = PRESETS["tiny"]
+MODULES = ("fractions.py", "pathlib.py", "random.py", "shutil.py", "textwrap.py")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A standard library of five modules."""
+    folder = tmp_path_factory.mktemp("library")
+    for name in MODULES:
+        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(library, tmp_path_factory):
+    return prepare(TINY, tmp_path_factory.mktemp("cache"), library)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("police kill the gunman", "police killed the gunman", 0.75),  # Lin 2004, section 3.1: P = R = 3/4
+        ("the gunman kill police", "police killed the gunman", 0.5),
+        ("Return `x`, the END.", "return x the end", 1.0),
+        ("a b c d e f", "a c", 0.5),  # P = 2/6, R = 1
+        ("a b", "c d", 0.0),
+        ("", "a", 0.0),
+        ("...", "a", 0.0),
+    ],
+)
+def test_rouge_l(answer, reference, expected):
+    """The F-measure of the longest common subsequence of words, whatever their case and the marks between them."""
+    assert rouge_l(answer, reference) == pytest.approx(expected, abs=1e-15)
+
+
+def test_repeated_share():
+    """1 - distinct / all n-grams; none where there are too few tokens."""
+    assert ngrams("abcd", 3) == [("a", "b", "c"), ("b", "c", "d")]
+    assert repeated_share("abcabcabc", 4) == 0.5  # abca bcab cabc, twice each
+    assert repeated_share("aaaaa", 4) == 0.5
+    assert repeated_share("abcdefgh", 4) == 0
+    assert repeated_share("abc", 4) == 0
+
+
+def test_seen_share():
+    """Each n-gram of the answers counts, also those that are there twice; none runs across two answers or two texts."""
+    assert seen_share(["abcd", "xbcd"], ["zabc", "bcd"], 3) == 0.75  # abc, bcd, bcd of abc, bcd, xbc, bcd
+    assert seen_share(["ab", "cd"], ["abcd"], 3) == 0  # no n-gram at all
+    assert seen_share(["abc"], ["ab", "c"], 3) == 0
+
+
+def test_t_distribution():
+    """Two-sided 95 % quantiles as any table has them, and P(abs(T) > 2)."""
+    table = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 5: 2.57058, 9: 2.26216, 10: 2.22814, 30: 2.04227}
+    for degrees, quantile in table.items():
+        assert t_quantile(degrees) == pytest.approx(quantile, rel=2e-6)
+    assert t_two_sided(2.0, 1) == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+    assert t_two_sided(2.0, 2) == pytest.approx(1 - 2 / math.sqrt(6))
+    assert t_two_sided(0.0, 7) == 1
+
+
+def test_paired_interval():
+    """Differences 1, 2, 3, 4, 5: mean 3, standard error sqrt(2.5 / 5), t = 4.2426 with 4 degrees, p = 0.013236."""
+    interval = paired_interval([11, 12, 13, 14, 15], [10, 10, 10, 10, 10])
+    assert (interval.mean, interval.n) == (3, 5)
+    assert interval.half_width == pytest.approx(2.776445 * math.sqrt(0.5), rel=1e-6)
+    # P(abs(T) > t) for 4 degrees is 1 - s (1 + c^2 / 2), c^2 = 4 / (4 + t^2) = 2 / 11
+    assert interval.p == pytest.approx(1 - 3 / math.sqrt(11) * (1 + 1 / 11), rel=1e-12)
+    assert not interval.contains_zero
+    assert paired_interval([1, -1, 1, -1], [0, 0, 0, 0]).contains_zero
+    assert paired_interval([1, 2], [1, 2]) == paired_interval([3, 4], [3, 4])
+    assert (paired_interval([1, 2], [0, 1]).half_width, paired_interval([1, 2], [0, 1]).p) == (0, 0)
+    assert paired_interval([1, 2], [1, 2]).p == 1
+
+
+def test_holm():
+    """Holm 1979: the smallest p times their number, the next times one less, never below the one before, never above 1."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1]
+    for order in itertools.permutations([0.01, 0.02, 0.5]):
+        assert dict(zip(order, holm(order), strict=True)) == pytest.approx({0.01: 0.03, 0.02: 0.04, 0.5: 0.5})
+
+
+def test_docstrings_are_cut_out(library):
+    """Every docstring goes, in any of its forms, and nothing else."""
+    module = '"""Module."""\nx = "kept"\n\n'
+    class_ = 'class A:\n    "é"; y = 1\n    def f(self): """One\n        two."""\n    z = """kept"""\n'
+    without = 'x = "kept"\n\nclass A:\n    ; y = 1\n    def f(self): \n    z = """kept"""\n'
+    assert without_docstrings((module + class_).encode()) == without
+    assert len(library_sources(library)) == len(MODULES)
+
+
+def test_held_out_answers_are_in_no_training_text(prepared, library):
+    """Neither the pretraining source nor the answers trained on contain a held-out answer."""
+    texts = [*library_sources(library), *(example.answer for example in prepared.train)]
+    assert prepared.held_out
+    assert not [example for example in prepared.held_out if any(example.answer in text for text in texts)]
+
+
+def test_document_lengths():
+    """Of each token's own document, by mask or by position."""
+    assert document_lengths(torch.tensor([[1, 1, 0], [1, 1, 1]]), None).tolist() == [[2, 2, 0], [3, 3, 3]]
+    assert document_lengths(None, torch.tensor([[0, 1, 2, 0, 0, 1]])).tolist() == [[3, 3, 3, 1, 2, 2]]
+
+
+def test_packed_documents_do_not_see_each_other(prepared):
+    """Another first document leaves the logits of the others as they are, bit for bit: what is masked counts as 0."""
+    model = LlamaForCausalLM.from_pretrained(prepared.folder)
+    rows = [effect_training._labelled(example) for example in prepared.train[:3]]
+    batch = effect_training.DataCollatorWithFlattening()(rows)
+    length = len(rows[0]["input_ids"])
+    changed = {**batch, "input_ids": batch["input_ids"].clone()}
+    changed["input_ids"][0, :length] += 1
+    with torch.no_grad():
+        logits, others = (model(**inputs).logits[0] for inputs in (batch, changed))
+        assert not torch.equal(logits[:length], others[:length])
+        assert torch.equal(logits[length:], others[length:])
+        del batch["position_ids"], changed["position_ids"]
+        logits, others = (model(**inputs).logits[0] for inputs in (batch, changed))
+        assert not torch.equal(logits[length:], others[length:])  # so the positions are what keeps them apart
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that collators made, in order."""
+    made = []
+    for name in ("DataCollatorForSeq2Seq", "DataCollatorWithFlattening"):
+
+        class Recording(getattr(effect_training, name)):
+            def __call__(self, *args, **kwargs):
+                batch = super().__call__(*args, **kwargs)
+                made.append(batch["input_ids"])
+                return batch
+
+        monkeypatch.setattr(effect_training, name, Recording)
+    return made
+
+
+def test_conditions_differ_in_nothing_but_the_noise(prepared, batches, tmp_path):
+    """For one seed, all conditions see the same documents in the same updates; another seed, others.
+
+    Without noise, packed and padded training are the same but for rounding, here by less than 1e-6 of the loss: float32
+    rounds by 6e-8, and the 6 updates together move the loss by no more than 1e-2 of itself.
+    """
+    preset = replace(TINY, epochs=2)
+    seen, found = {}, {}
+    for run in [*(run for run in runs(preset) if run.seed == 0), Run(PADDED, OURS, 0, 1)]:
+        batches.clear()
+        found[run] = fine_tune(preset, run, prepared, tmp_path)
+        updates = batches[: found[run]["updates"]]
+        seen[run] = [[token for token in batch.flatten().tolist() if token] for batch in updates]
+    order = seen[Run(PADDED, OURS, 0, 0)]
+    assert len(order) == 6
+    assert order[:3] != order[3:]
+    pairs = sorted(itertools.chain.from_iterable(order))
+    for run, updates in seen.items():
+        assert (updates == order) == (run.seed == 0)
+        assert (sorted(itertools.chain.from_iterable(updates)) == pairs) == (run.seed == 0)
+    losses = {run: result["outcomes"]["held_out_loss"] for run, result in found.items()}
+    assert losses[Run(PACKED, OURS, 0, 0)] == pytest.approx(losses[Run(PADDED, OURS, 0, 0)], rel=1e-6)
+    assert len(set(losses.values())) >= 5  # noise and seed do change it
+
+
+def test_noise_has_the_size_it_should_have(prepared, tmp_path):
+    """Ours is scaled by each document's length in both layouts, and spares padding; the hook's by the row's length.
+
+    The mean square of n uniform variables is within 5 standard errors, 5 sqrt(4/5 / n), of theirs; n is above 100 x 32.
+    """
+    tolerance = 5 * math.sqrt(0.8 / 3200) / 2
+    for run in (run for run in runs(TINY) if run.seed == 0):
+        result = fine_tune(TINY, run, prepared, tmp_path)
+        first = result["first_update"]
+        assert first["documents"] == TINY.update_pairs
+        assert first["padding_noise_rms"] == 0
+        if run.noise_by == HOOK:
+            right = run.alpha / math.sqrt(3 * first["row_tokens"] * TINY.hidden_size)
+        else:
+            right = run.alpha * first["right_rms_per_alpha"]
+            wanted = "last batch within" if run.alpha else "noise off: alpha is 0"
+            assert wanted in result["describe"]
+            assert result["describe"].endswith("by sequence") == (run.alpha > 0)
+        assert first["noise_rms"] == pytest.approx(right, rel=tolerance)
+
+
+def test_an_experiment_goes_on_where_it_was(library, tmp_path, monkeypatch):
+    """All runs are recorded once; a second call repeats none; one whose record was cut off midway is done again."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    path = tmp_path / "results" / "effect.jsonl"
+    effect.experiment(TINY, 1, tmp_path / "cache", library)
+    lines = path.read_text().splitlines()
+    start = json.loads(lines[0])["start"]
+    assert len(lines) == 1 + len(runs(TINY))
+    assert effect.pending(TINY, start) == []
+
+    before = path.read_bytes()
+    monkeypatch.setattr(effect, "work", None)  # whatever would run now, fails
+    effect.experiment(TINY, 1, tmp_path / "cache", library)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    path.write_bytes(before[:-100])
+    assert len(effect.pending(TINY, start)) == 1
+    effect.experiment(TINY, 1, tmp_path / "cache", library)
+    assert effect.pending(TINY, start) == []
+    again, first = json.loads(path.read_text().splitlines()[-1]), json.loads(lines[-1])
+    assert again["outcomes"] == first["outcomes"]  # the same run, so the same result
+    assert path.read_bytes().startswith(before[:-100] + b"\n")

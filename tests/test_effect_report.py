@@ -1,0 +1,159 @@
+"""The report on NEFTune's effect says what the records say, and no more than their intervals allow."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import effect
+import effect_report
+import records
+from effect_plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
+from effect_report import MINUS
+
+SMALL = PRESETS["small"]
+#: By seed, what no noise explains; the mean is 0, and alpha does not change it, so it must not widen any interval.
+OF_SEED = (-2.0, -1.0, 0.0, 1.0, 2.0)
+#: By seed, the spread of a difference: mean 0, standard error 0.1 / sqrt(5), 95 % interval +- 0.124.
+SPREAD = (0.1, -0.1, 0.1, -0.1, 0.0)
+#: The true differences to alpha 0 of the held-out loss.
+DIFFERENCES = {
+    (PADDED, OURS): {5: -0.5, 10: -0.5, 15: 0.5},
+    (PACKED, OURS): {5: 0.0, 10: 0.0, 15: 0.0},
+    (PACKED, HOOK): {5: 1.0, 10: 0.0, 15: -1.0},
+}
+START = "0123456789ab"
+
+
+def outcomes_of(run):
+    difference = DIFFERENCES[run.layout, run.noise_by].get(run.alpha, 0.0)
+    spread = SPREAD[run.seed] if run.alpha else 0.0
+    return {
+        "held_out_loss": 4 + OF_SEED[run.seed] + difference + spread,
+        "train_loss": 3 + 2 * (run.alpha + spread) + OF_SEED[run.seed],
+        "answer_tokens": 40 + (run.alpha + 10) * spread,
+        "repeated_4grams": 0.25 + 0.01 * (run.alpha + spread),
+        "rouge_l": 0.25,
+        "leaked_8grams": 0.125,
+        "cut_off": 0.0,
+    }
+
+
+def record_of(run, preset=SMALL):
+    noise = run.alpha * (0.02 if run.noise_by == HOOK else 0.06)
+    return {
+        "preset": "small",
+        "stage": "fine-tuning",
+        "settings": effect.settings(preset, run, START),
+        "outcomes": outcomes_of(run),
+        "first_update": {"noise_rms": noise, "embedding_rms": 0.5},
+    }
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """A folder with a README, and records of which the outcomes are known."""
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "environment", lambda: {"device": "a device", "commit": "c0ffee"})
+    references = {"answer_tokens": 40.0, "repeated_4grams": 0.01, "leaked_8grams": 0.2}
+    pretraining = {"preset": "small", "stage": "pretraining", "start": START, "parameters": 2_000_000}
+    records.append("effect", {**pretraining, "held_out_pairs": 300, "embedding_std": 0.05, "references": references})
+    for run in runs(SMALL):
+        records.append("effect", record_of(run))
+    (tmp_path / "README.md").write_text("before\n<!-- effect:begin -->\nold\n<!-- effect:end -->\nafter\n")
+    return tmp_path
+
+
+def reported(folder):
+    effect_report.main("small", folder / "README.md")
+    return (folder / "README.md").read_text()
+
+
+def test_each_sentence_follows_from_the_intervals(written):
+    """Direction where the interval leaves out 0, "no effect shown" where it does not; the paper's claim beside it."""
+    text = reported(written)
+    assert (
+        "**held-out loss** (in the paper it falls): padded: falls at alpha 5 and 10, rises at alpha 15; "
+        "packed: no effect shown at alpha 5, 10 and 15; "
+        "packed with the hook: rises at alpha 5, no effect shown at alpha 10, falls at alpha 15."
+    ) in text
+    rising = "rises at alpha 5, 10 and 15."
+    nothing = "no effect shown at alpha 5, 10 and 15."
+    assert f"**train loss** (in the paper it rises): {rising}" in text
+    assert f"**answer tokens** (in the paper it rises): {nothing}" in text
+    assert f"**repeated 4-grams** (in the paper it does not rise): {rising}" in text
+    assert f"**ROUGE-L**: {nothing}" in text
+    assert f"**8-grams from training** (in the paper it does not rise): {nothing}" in text
+    assert "its noise is 3.0 times weaker" in text
+    assert (
+        f"{MINUS}1.000 ± 0.000 at alpha 5 (the right length is better), +0.000 ± 0.000 at alpha 10 (no difference shown) and "
+        "+1.000 ± 0.000 at alpha 15 (the hook's is better)."
+    ) in text
+    assert "5 seeds for each condition" in text
+
+
+def test_the_table_shows_means_and_differences(written):
+    """Paired by seed, so what the seeds differ in does not widen the intervals: 2.776 x 0.1 / sqrt(5) = 0.124."""
+    lines = reported(written).splitlines()
+    assert "| padded | 0 | 0 | 4.000 | 3.000 | 40.0 | 25.0 % | 25.00 | 12.5 % |" in lines
+    row = next(line for line in lines if line.startswith("| padded | 5 |"))
+    assert row.startswith(f"| padded | 5 | 0.60 | **{MINUS}0.500 ± 0.124** | **+10.000 ± 0.248** | +0.0 ± 1.9 |")
+    assert "| packed | 5 | 0.60 | +0.000 ± 0.124 |" in "\n".join(lines)
+
+
+def test_the_rest_of_the_readme_stays(written):
+    """Only what is between the markers changes, and a second report changes nothing; the picture is there."""
+    text = reported(written)
+    assert text.startswith("before\n<!-- effect:begin -->\n")
+    assert text.endswith("\n<!-- effect:end -->\nafter\n")
+    assert "old" not in text.split("-->")[1].splitlines()
+    assert reported(written) == text
+    assert (written / "effect.png").read_bytes().startswith(b"\x89PNG")
+    (written / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match="has no section"):
+        reported(written)
+
+
+def test_only_whole_seeds_of_the_newest_experiment_count(written):
+    """A seed with a condition missing is left out, and said to be; so are runs with other settings, until they are newest."""
+    path = written / "effect.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n")
+    assert json.loads(lines[-1])["settings"]["seed"] == 4
+    assert "4 of the 5 planned seeds for each condition" in reported(written)
+
+    others = replace(SMALL, epochs=SMALL.epochs + 1)
+    for run in runs(SMALL)[: 2 * 11]:
+        records.append("effect", record_of(run, others))
+    text = reported(written)
+    assert "2 of the 5 planned seeds" in text
+    assert "tuned for 4 epochs" in text
+
+    records.append("effect", record_of(Run(PADDED, OURS, 0, 3)))
+    assert "4 of the 5 planned seeds" in reported(written)
+
+
+def test_without_enough_runs_there_is_no_report(written):
+    """Intervals need two seeds, and a report needs runs."""
+    path = written / "effect.jsonl"
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[: 1 + 11]))
+    with pytest.raises(SystemExit, match="two seeds"):
+        effect_report.Results("small")
+    with pytest.raises(SystemExit, match="no run of preset 'gpu'"):
+        effect_report.Results("gpu")
+
+
+def test_a_run_is_known_by_its_settings():
+    """A setting that is changed makes another run; the lists of alphas and seeds do not."""
+    run = runs(SMALL)[0]
+    same = replace(SMALL, alphas=(0, 1), seeds=(7,))
+    assert effect.settings(same, run, START) == effect.settings(SMALL, run, START)
+    assert effect.settings(SMALL, run, "another") != effect.settings(SMALL, run, START)
+    for key, value in asdict(SMALL).items():
+        if key not in ("name", "alphas", "seeds"):
+            other = replace(SMALL, **{key: not value if isinstance(value, bool) else value + 1})
+            assert effect.settings(other, run, START) != effect.settings(SMALL, run, START)
