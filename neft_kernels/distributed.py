@@ -101,6 +101,13 @@ def add_to_whole(embeds: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
     return noisy.redistribute(placements=embeds.placements)  # type: ignore[attr-defined]
 
 
+def add_to_columns(embeds: Tensor, width: int, group: "ProcessGroup", add: Callable[[Tensor], Tensor]) -> Tensor:
+    """`add` on embeddings of `width` columns, of which this rank holds its share ``[..., width / ranks]``."""
+    begin = torch.distributed.get_rank(group) * -(-width // group_size(group))
+    end = begin + embeds.shape[-1]
+    return add(nn.functional.pad(embeds, (begin, width - end)))[..., begin:end]
+
+
 # --- sequences that are spread over ranks ----------------------------------------------------------------------------
 
 
@@ -171,12 +178,13 @@ def in_parts(add_noise: Callable[..., Tensor], embeds: Tensor, part: Part, optio
     per_token = magnitude.expand(tokens_shape).reshape(rows.shape[:2]) if isinstance(magnitude, Tensor) else None
     results = []
     for row in range(rows.shape[0]):
-        held = 0
+        held, pieces = 0, []
         for begin, end in part.pieces:
             piece = slice(held, held + end - begin)
             held += end - begin
             here = magnitude if per_token is None else per_token[row, piece]
             first_token = row * part.length + begin
-            results.append(add_noise(rows[row, piece], **{**options, "magnitude": here, "first_token": first_token}))
-    noisy = results[0] if len(results) == 1 else torch.cat(results)
-    return noisy.view(embeds.shape)
+            pieces.append(add_noise(rows[row, piece], **{**options, "magnitude": here, "first_token": first_token}))
+        results.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+    noisy = torch.stack(results)
+    return noisy if noisy.shape == embeds.shape else noisy.view(embeds.shape)

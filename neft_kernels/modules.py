@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from neft_kernels.autograd import add_noise, noisy_embedding
 from neft_kernels.distributed import (
     Part,
+    add_to_columns,
     add_to_whole,
     distributed_is_on,
     group_size,
@@ -150,8 +151,14 @@ class AddNoise:
         if is_dtensor(embeds):
             noisy = add_to_whole(embeds, lambda whole: _add_noise(noise, whole, whole[..., 0], groups=self._groups))
         else:
-            ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            noisy = _add_noise(noise, embeds, embeds[..., 0] if ids is None else ids, groups=self._groups)
+            ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds[..., 0])
+            width = getattr(module, "embedding_dim", embeds.shape[-1])
+            if len(self._groups) == 1 and embeds.shape[-1] != width:  # the output of a table that is spread by columns
+                noisy = add_to_columns(
+                    embeds, width, self._groups[0], lambda wide: _add_noise(noise, wide, ids, groups=self._groups)
+                )
+            else:
+                noisy = _add_noise(noise, embeds, ids, groups=self._groups)
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
 
 

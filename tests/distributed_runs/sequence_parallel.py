@@ -4,13 +4,13 @@ import itertools
 
 import torch
 import torch.distributed as dist
-from common import SEED, VOCAB, WIDTH, Lookup, batches, begin, draw_differently, ids, of_one_process, run, summed, upstream
+from common import SEED, VOCAB, WIDTH, Lookup, batches, draw_differently, ids, of_one_process, summed, upstream
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 
 from neft_kernels import NEFTuneEmbedding, noise_magnitude, noisy_embedding, replace_embeddings
 
-rank, ranks = begin()
+rank, ranks = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
 
 
@@ -140,15 +140,13 @@ def replicas_of_sequence_parallel_ranks():
     assert not torch.equal(all_of_them[0], all_of_them[ranks // 2])
 
 
-run(
-    [
-        parts_of_padded_and_packed_batches,
-        context_parallel_of_torch_is_head_tail_where_it_can_be,
-        rows_scaled_by_batch_and_noise_on_a_part_of_the_tokens,
-        every_dtype,
-        a_mask_of_the_whole_sequences_does_as_well,
-        boundaries_of_the_whole_row,
-        an_embedding_of_ones_own,
-        replicas_of_sequence_parallel_ranks,
-    ]
-)
+CHECKS = [
+    parts_of_padded_and_packed_batches,
+    context_parallel_of_torch_is_head_tail_where_it_can_be,
+    rows_scaled_by_batch_and_noise_on_a_part_of_the_tokens,
+    every_dtype,
+    a_mask_of_the_whole_sequences_does_as_well,
+    boundaries_of_the_whole_row,
+    an_embedding_of_ones_own,
+    replicas_of_sequence_parallel_ranks,
+]

@@ -9,12 +9,12 @@ from common import (
     SEED,
     Lookup,
     batches,
-    begin,
+   
     draw_differently,
     gemma_config,
     llama,
     of_one_process,
-    run,
+   
     summed,
     upstream,
 )
@@ -27,8 +27,7 @@ from transformers.distributed import DistributedConfig
 
 from neft_kernels import describe, replace_embeddings
 
-rank, ranks = begin()
-directory = sys.argv[1]
+rank, ranks = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
 BATCH = batches(3, 4 * ranks)["right padding"]
 
@@ -73,7 +72,7 @@ def tables_of_transformers():
     torch.manual_seed(0)
     models = {"llama": llama(), "gemma": Gemma3ForCausalLM(gemma_config()).train()}
     for name, whole in models.items():
-        path = f"{directory}/{name}-{ranks}"
+        path = f"{sys.argv[1]}/{name}-{ranks}"
         if rank == 0:
             whole.save_pretrained(path)
         dist.barrier()
@@ -198,13 +197,11 @@ def replicas_draw_the_stream_of_their_rank():
             assert torch.equal((a == b).all(-1), BATCH["attention_mask"] == 0)
 
 
-run(
-    [
-        tables_of_torch,
-        tables_of_transformers,
-        replicas_of_tensor_parallel_ranks,
-        tensor_parallel_and_sequence_parallel,
-        sharding_of_fsdp_is_no_tensor_parallelism,
-        replicas_draw_the_stream_of_their_rank,
-    ]
-)
+CHECKS = [
+    tables_of_torch,
+    tables_of_transformers,
+    replicas_of_tensor_parallel_ranks,
+    tensor_parallel_and_sequence_parallel,
+    sharding_of_fsdp_is_no_tensor_parallelism,
+    replicas_draw_the_stream_of_their_rank,
+]
