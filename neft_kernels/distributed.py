@@ -50,13 +50,14 @@ def stream_of_replica(groups: "Sequence[ProcessGroup]") -> int:
 def shared_seed(seed: Tensor, groups: "Sequence[ProcessGroup]") -> Tensor:
     """`seed` of the first rank, so that the ranks of a replica need not have drawn the same random numbers before."""
     for group in groups:
-        seed = _finished(torch.distributed._functional_collectives.broadcast(seed, 0, group))
+        seed = _collective("broadcast", seed, 0, group.group_name)
     return seed
 
 
-def _finished(values: Tensor) -> Tensor:
-    """The result of a collective, once it is there; a compiled graph waits where it must."""
-    return values.wait() if hasattr(values, "wait") else values
+def _collective(name: str, *args: Any) -> Tensor:
+    """The result of a functional collective, which torch.compile can trace, once it is there."""
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(getattr(collectives, name)(*args))
 
 
 def group_size(group: "ProcessGroup") -> int:
@@ -98,6 +99,13 @@ def add_to_whole(embeds: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
     if any(placement.is_partial() for placement in embeds.placements):  # type: ignore[attr-defined]
         return noisy
     return noisy.redistribute(placements=embeds.placements)  # type: ignore[attr-defined]
+
+
+def add_to_columns(embeds: Tensor, width: int, group: "ProcessGroup", add: Callable[[Tensor], Tensor]) -> Tensor:
+    """`add` on embeddings of `width` columns, of which this rank holds its share ``[..., width / ranks]``."""
+    begin = torch.distributed.get_rank(group) * -(-width // group_size(group))
+    end = begin + embeds.shape[-1]
+    return add(nn.functional.pad(embeds, (begin, width - end)))[..., begin:end]
 
 
 # --- sequences that are spread over ranks ----------------------------------------------------------------------------
@@ -149,35 +157,34 @@ def gathered(values: Tensor, group: "Group", layout: str) -> Tensor:
     """``[..., tokens of this rank]`` to ``[..., length]``: what all ranks hold, in the order of the tokens."""
     (group,) = groups_of(group)
     ranks = group_size(group)
-    collectives = torch.distributed._functional_collectives
-    whole = _finished(collectives.all_gather_tensor(values.contiguous(), values.ndim - 1, group))
+    by_rank = _collective("all_gather_into_tensor", values.contiguous()[None], ranks, group.group_name)
+    whole = by_rank.movedim(0, -2)  # [..., ranks, tokens of a rank]
     if layout == "contiguous":
-        return whole
-    pieces = whole.unflatten(-1, (ranks, 2, -1))
+        return whole.flatten(-2)
+    pieces = whole.unflatten(-1, (2, -1))
     return torch.cat([pieces[..., 0, :], pieces[..., 1, :].flip(-2)], -2).flatten(-2)
 
 
-def in_parts(op: Callable[..., Tensor], data: Tensor, token_dims: int, part: Part, options: dict[str, Any]) -> Tensor:
-    """`op` on `data`, with the numbers that the tokens have in the whole batch.
+def in_parts(add_noise: Callable[..., Tensor], embeds: Tensor, part: Part, options: dict[str, Any]) -> Tensor:
+    """`add_noise` on `embeds` ``[..., l, D]``, with the numbers that the tokens have in the whole batch.
 
-    Tokens are numbered row by row, so each row's pieces of `data` (``[..., l]`` or ``[..., l, D]``, whose first `token_dims`
-    dimensions are those of the tokens) are a call of their own, with the number of their first token.
+    Tokens are numbered row by row, so each row's pieces are a call of their own, with the number of their first token.
     """
-    tokens_shape = data.shape[:token_dims]
+    tokens_shape = embeds.shape[:-1]
     if tokens_shape.numel() == 0:
-        return op(data, **options)
-    rows = data.reshape(-1, *data.shape[token_dims - 1 :])  # [B, l] or [B, l, D]
+        return add_noise(embeds, **options)
+    rows = embeds.reshape(-1, *embeds.shape[-2:])  # [B, l, D]
     magnitude = options["magnitude"]
     per_token = magnitude.expand(tokens_shape).reshape(rows.shape[:2]) if isinstance(magnitude, Tensor) else None
     results = []
     for row in range(rows.shape[0]):
-        held = 0
+        held, pieces = 0, []
         for begin, end in part.pieces:
             piece = slice(held, held + end - begin)
             held += end - begin
             here = magnitude if per_token is None else per_token[row, piece]
-            results.append(
-                op(rows[row, piece], **{**options, "magnitude": here, "first_token": row * part.length + begin})
-            )
-    noisy = results[0] if len(results) == 1 else torch.cat(results)
-    return noisy.view(*tokens_shape, -1)
+            first_token = row * part.length + begin
+            pieces.append(add_noise(rows[row, piece], **{**options, "magnitude": here, "first_token": first_token}))
+        results.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+    noisy = torch.stack(results)
+    return noisy if noisy.shape == embeds.shape else noisy.view(embeds.shape)

@@ -1,7 +1,7 @@
 """Modules: an embedding whose training forward is noisy, and the hook that makes another embedding's output noisy."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from neft_kernels.autograd import add_noise, noisy_embedding
 from neft_kernels.distributed import (
     Part,
+    add_to_columns,
     add_to_whole,
     distributed_is_on,
     group_size,
@@ -18,6 +19,9 @@ from neft_kernels.distributed import (
     tensor_parallel_groups,
 )
 from neft_kernels.noise import Noise, NoiseSettings
+
+if TYPE_CHECKING:
+    from neft_kernels.distributed import Group
 
 __all__ = ["AddNoise", "NEFTuneEmbedding"]
 
@@ -34,8 +38,10 @@ class NEFTuneEmbedding(nn.Embedding):
             :func:`neft_kernels.replace_embeddings`.
         scale_by: "sequence" or "batch", see :func:`neft_kernels.noise_magnitude`.
         noise_on: "all", "prompt" or "completion", see :func:`neft_kernels.noise_magnitude`.
-        stream: which of the streams under one seed; None: the rank of this process, 0 without torch.distributed.
+        stream: which of the streams under one seed; None: that of this process's replica, 0 without torch.distributed.
         backend: see :func:`neft_kernels.noisy_embedding`.
+        sequence_group, sequence_layout: where several ranks hold parts of the same sequences, see
+            :func:`neft_kernels.replace_embeddings`; the masks may be those of the part or those of the whole sequences.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -63,10 +69,12 @@ class NEFTuneEmbedding(nn.Embedding):
         noise_on: str = "all",
         stream: int | None = None,
         backend: str | None = None,
+        sequence_group: "Group | None" = None,
+        sequence_layout: str = "contiguous",
     ) -> None:
         if max_norm is not None:
             raise ValueError("max_norm is not supported: it rewrites the weight in forward")
-        settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend)
+        settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend, sequence_group, sequence_layout)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -103,15 +111,19 @@ class NEFTuneEmbedding(nn.Embedding):
                 super().forward(input), lambda embeds: _add_noise(noise, embeds, tokens, groups=groups, **sequences)
             )
         part = noise.part_of(input)
-        options = {
-            "padding_idx": self.padding_idx,
-            "scale_grad_by_freq": self.scale_grad_by_freq,
-            "sparse": self.sparse,
-            **noise.arguments(input, self.embedding_dim, part, (), **sequences),
-        }
-        if part is None:
-            return noisy_embedding(input, weight, **options)
-        return in_parts(lambda ids, **rest: noisy_embedding(ids, weight, **rest), input, input.ndim, part, options)
+        options = noise.arguments(input, self.embedding_dim, part, (), **sequences)
+        if part is not None and (len(part.pieces) > 1 or input.numel() > input.shape[-1]):
+            # Fused, each run of tokens would have a gradient of the whole table.
+            return in_parts(add_noise, super().forward(input), part, options)
+        return noisy_embedding(
+            input,
+            weight,
+            first_token=0 if part is None else part.pieces[0][0],
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            **options,
+        )
 
 
 class AddNoise:
@@ -139,8 +151,14 @@ class AddNoise:
         if is_dtensor(embeds):
             noisy = add_to_whole(embeds, lambda whole: _add_noise(noise, whole, whole[..., 0], groups=self._groups))
         else:
-            ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            noisy = _add_noise(noise, embeds, embeds[..., 0] if ids is None else ids, groups=self._groups)
+            ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds[..., 0])
+            width = getattr(module, "embedding_dim", embeds.shape[-1])
+            if len(self._groups) == 1 and embeds.shape[-1] != width:  # the output of a table that is spread by columns
+                noisy = add_to_columns(
+                    embeds, width, self._groups[0], lambda wide: _add_noise(noise, wide, ids, groups=self._groups)
+                )
+            else:
+                noisy = _add_noise(noise, embeds, ids, groups=self._groups)
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
 
 
@@ -152,9 +170,9 @@ def _add_noise(
     `input_ids` are what the embedding was called with; where their shape is another one than that of the tokens in `embeds`,
     as with several codebooks, they tell nothing.
     """
-    held, tokens_shape = embeds[..., 0], embeds.shape[:-1]
+    tokens_shape = embeds.shape[:-1]
     sharded = len(groups) == 1 and input_ids.shape == (*tokens_shape[:-1], tokens_shape[-1] * group_size(groups[0]))
-    tokens = input_ids if sharded else held
+    tokens = input_ids if sharded else embeds[..., 0]
     part = noise.part_of(tokens)
     if sharded and input_ids.shape != tokens_shape:  # the output of tensor parallelism with sequence parallelism
         whole = Part(tokens.shape[-1], ((0, tokens.shape[-1]),)) if part is None else part
@@ -162,4 +180,4 @@ def _add_noise(
     options = noise.arguments(tokens, embeds.shape[-1], part, groups, **sequences)
     if part is None:
         return add_noise(embeds, **options)
-    return in_parts(add_noise, embeds, held.ndim, part, options)
+    return in_parts(add_noise, embeds, part, options)

@@ -33,13 +33,16 @@ class Sequences:
     #: A cache was passed, so tokens are being generated and get no noise.
     generating: bool = False
 
-    def telling(self, tokens: Tensor) -> tuple[dict[str, Tensor], str]:
-        """Those that :func:`noise_magnitude` can use for `tokens`, and a note on those that it cannot."""
+    def telling(self, tokens: Tensor, length: int) -> tuple[dict[str, Tensor], str]:
+        """Those that :func:`noise_magnitude` can use for `tokens`, and a note on those that it cannot.
+
+        `tokens` may be a part of rows of `length`; what is as long as the rows is about the whole of them.
+        """
         kept, unusable = {}, []
         for name, value in self._given():
-            if name == "attention_mask" and value.ndim == tokens.ndim:
+            if name == "attention_mask" and value.ndim == tokens.ndim and value.shape[-1] != length:
                 value = value[..., -tokens.shape[-1] :]  # what comes before is about a cache, such as a prefix
-            if self._tells(name, value, tokens):
+            if self._tells(name, value, tokens, length):
                 kept[name] = value
             else:
                 unusable.append(
@@ -53,15 +56,15 @@ class Sequences:
                 yield name, value
 
     @staticmethod
-    def _tells(name: str, value: Tensor, tokens: Tensor) -> bool:
-        length = tokens.shape[-1]
+    def _tells(name: str, value: Tensor, tokens: Tensor, length: int) -> bool:
         if value.device != tokens.device:
             return False
-        if name in ("attention_mask", "labels"):
-            return value.shape == tokens.shape
-        if name == "position_ids":
-            return value.shape[-1:] == tokens.shape[-1:] and ops.broadcasts(value.shape, tokens.shape)
-        return tokens.numel() == length and value.ndim == 1 and 2 <= value.shape[0] <= length + 1
+        if name == "cu_seq_lens":
+            return tokens.numel() == tokens.shape[-1] and value.ndim == 1 and 2 <= value.shape[0] <= length + 1
+        rows = tokens.shape[:-1]
+        if value.ndim == 0 or value.shape[-1] not in (tokens.shape[-1], length):
+            return False
+        return value.shape[:-1] == rows or (name == "position_ids" and ops.broadcasts(value.shape[:-1], rows))
 
 
 NO_SEQUENCES = Sequences()
@@ -250,12 +253,12 @@ class Noise:
         """The arguments of the op that say which noise `tokens` ``[..., L]`` get; only shape and device of them count.
 
         `part` is that of :meth:`part_of`, or a part of it; the magnitude is that of the part. `groups` are those over which
-        the table is spread. `sequences` are those of :func:`noise_magnitude`; without any, those of the model's forward pass
-        are used as far as they can be.
+        the table is spread. `sequences` are those of :func:`noise_magnitude`, of the part or of the whole; without any, those
+        of the model's forward pass are used as far as they can be.
         """
         settings, note, noise_on = self.settings, "", self.settings.noise_on
         if not sequences:
-            sequences, note = self._sequences_of_pass(tokens)
+            sequences, note = self._sequences_of_pass(tokens, tokens.shape[-1] if part is None else part.length)
         if noise_on != "all" and sequences.get("labels") is None:
             raise ValueError(f"noise_on={noise_on!r} needs labels of the ids' shape, but the model was called without")
         if part is not None:
@@ -263,7 +266,7 @@ class Noise:
                 groups = [*groups, *distributed.groups_of(settings.sequence_group)]
                 sequences = {
                     name: value
-                    if value is None or name == "cu_seq_lens"
+                    if value is None or name == "cu_seq_lens" or value.shape[-1] == part.length
                     else distributed.gathered(value, settings.sequence_group, settings.sequence_layout)
                     for name, value in sequences.items()
                 }
@@ -288,7 +291,7 @@ class Noise:
             arguments["seed"] = distributed.shared_seed(ops.draw_seed(tokens.device), groups)
         return arguments
 
-    def _sequences_of_pass(self, tokens: Tensor) -> tuple[dict[str, Tensor], str]:
+    def _sequences_of_pass(self, tokens: Tensor, length: int) -> tuple[dict[str, Tensor], str]:
         passes = self.settings.passes
         sequences = passes.sequences
         if sequences is NO_SEQUENCES:
@@ -298,7 +301,7 @@ class Noise:
                     "give them to a module inside the region"
                 )
             return {}, ""
-        telling, note = sequences.telling(tokens)
+        telling, note = sequences.telling(tokens, length)
         passes.have_told = bool(telling)
         return telling, note
 

@@ -46,7 +46,7 @@ class NEFTuneCallback(TrainerCallback):
 
     Args:
         alpha: NEFTune's noise scale, >= 0, or a schedule: a callable that is given the Trainer's global step.
-        options: ``scale_by``, ``noise_on``, ``stream`` and ``backend`` of :func:`neft_kernels.replace_embeddings`.
+        options: the other arguments of :func:`neft_kernels.replace_embeddings`, such as ``scale_by`` or ``sequence_group``.
 
     Raises:
         TypeError, ValueError: when training begins, as :func:`neft_kernels.replace_embeddings` does.
