@@ -105,5 +105,8 @@ class AddNoise:
         embeds = output[0] if isinstance(output, tuple) else output  # [..., L, D]
         if self.noise.state(module) != "on" or embeds.ndim < 2:
             return output
-        embeds = add_noise(embeds, **self.noise.arguments(embeds[..., 0], embeds.shape[-1]))
+        looked_up = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        # Without ids in its arguments, or with several to a token, one column of the output has the tokens' shape.
+        ids = embeds[..., 0] if looked_up is None or looked_up.shape != embeds.shape[:-1] else looked_up
+        embeds = add_noise(embeds, **self.noise.arguments(ids, embeds.shape[-1]))
         return (embeds, *output[1:]) if isinstance(output, tuple) else embeds

@@ -3,13 +3,14 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neft_kernels import ops
+from neft_kernels.layout import lay_out, may_be_laid_out
 from neft_kernels.magnitude import NOISE_ON, SCALES, check_alpha, check_choice, magnitude_of_length, noise_magnitude
 
 __all__ = ["HOOK_ATTRIBUTE", "NO_SEQUENCES", "Noise", "NoiseSettings", "Sequences"]
@@ -23,8 +24,19 @@ class Sequences:
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
     labels: Tensor | None = None
+    #: The token ids that the others are about, ``[..., L]``, as the model was given them.
+    input_ids: Tensor | None = None
     #: A cache was passed, so tokens are being generated and get no noise.
     generating: bool = False
+
+    def inside(self, known: dict[str, Tensor | None]) -> "Sequences":
+        """What holds inside a module that is called with what is `known`, None included.
+
+        A module that is called with the very ids of the one around it need not be told again what is known of them.
+        """
+        if known.get("input_ids") is not None and known["input_ids"] is self.input_ids:
+            known = {name: value for name, value in known.items() if value is not None}
+        return replace(self, **known)  # type: ignore[arg-type]
 
     def telling(self, tokens: Tensor) -> tuple[dict[str, Tensor], str]:
         """Those that :func:`noise_magnitude` can use for `tokens`, and a note on those that it cannot."""
@@ -147,6 +159,8 @@ class Noise:
     #: The magnitude of the last forward pass that had noise, and why it was not what was asked for.
     last_magnitude: float | Tensor | None = None
     note: str = ""
+    #: What the model's noise leaves out, whatever the batch.
+    standing_note: str = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_magnitude": None}
@@ -167,39 +181,53 @@ class Noise:
         # Once alpha has been set at run time, compiled graphs must not depend on its value.
         return "off: alpha is 0" if settings.alpha_tensor is None and settings.alpha == 0 else "on"
 
-    def arguments(self, tokens: Tensor, embedding_dim: int, **sequences: Tensor | None) -> dict[str, Any]:
-        """The arguments of the op that say which noise `tokens` ``[..., L]`` get; only shape and device of them count.
+    def arguments(self, ids: Tensor, embedding_dim: int, **sequences: Tensor | None) -> dict[str, Any]:
+        """The arguments of the op that say which noise `ids` ``[..., L]`` get.
 
         `sequences` are those of :func:`noise_magnitude`; without any, those of the model's forward pass are used as far as
-        they can be.
+        they can be. Only where their shapes differ from that of `ids` do the values of `ids` count.
         """
-        settings, note, noise_on = self.settings, "", self.settings.noise_on
+        settings, note = self.settings, ""
+        tokens = ids  # those that the sequences are about
         if not sequences and settings.sequences is not NO_SEQUENCES:
+            given = settings.sequences.input_ids
+            if given is not None and may_be_laid_out(given, ids):
+                tokens = given
             sequences, note = settings.sequences.telling(tokens)  # type: ignore[assignment]
-        if noise_on != "all" and sequences.get("labels") is None:
-            raise ValueError(f"noise_on={noise_on!r} needs labels of the ids' shape, but the model was called without")
-
+        if settings.noise_on != "all" and sequences.get("labels") is None:
+            raise ValueError(
+                f"noise_on={settings.noise_on!r} needs labels of the ids' shape, but the model was called without"
+            )
         compiling = torch.compiler.is_compiling()
         if compiling and settings.is_schedule and settings.counts_steps:
             raise RuntimeError(
                 "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
             )
         if compiling and settings.alpha_tensor is not None:
-            alpha: float | Tensor = settings.alpha_tensor.to(tokens.device)
+            alpha: float | Tensor = settings.alpha_tensor.to(ids.device)
         else:
             alpha = settings.current_alpha() if callable(settings.alpha) else settings.alpha
-        if sequences or tokens.numel() == 0:
-            magnitude = noise_magnitude(
-                tokens, embedding_dim, alpha, scale_by=settings.scale_by, noise_on=noise_on, **sequences
+        magnitude = self._magnitude(tokens, embedding_dim, alpha, sequences)
+        if tokens is not ids:
+            by_batch = magnitude_of_length(alpha, ids.shape[-1], embedding_dim, ids.device)
+            magnitude = lay_out(magnitude, tokens, ids, by_batch)
+            note = "; ".join(
+                filter(None, (note, f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}"))
             )
-        else:
-            magnitude = magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
         if not compiling and _can_be_read_later(magnitude):
             first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
-            if first and ops.logger.isEnabledFor(logging.INFO) and not _is_capturing(tokens):
-                self._log_first(tokens.device)
+            if first and ops.logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
+                self._log_first(ids.device)
         stream = _rank() if settings.stream is None else settings.stream
         return {"magnitude": magnitude, "stream": stream, "backend": settings.backend}
+
+    def _magnitude(
+        self, tokens: Tensor, embedding_dim: int, alpha: float | Tensor, sequences: dict[str, Tensor | None]
+    ) -> float | Tensor:
+        if not sequences and tokens.numel():
+            return magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
+        scale_by, noise_on = self.settings.scale_by, self.settings.noise_on
+        return noise_magnitude(tokens, embedding_dim, alpha, scale_by=scale_by, noise_on=noise_on, **sequences)
 
     def bounds(self) -> tuple[float, float] | None:
         """Smallest and largest magnitude of the last noisy batch, over the tokens that got noise. Waits for the device."""

@@ -163,26 +163,9 @@ NOT_BUILT = {
 
 #: Model types whose token embedding cannot be told: get_input_embeddings() is not implemented, or returns no module.
 REFUSED = (
-    *("aimv2", "align", "altclip", "canine", "chinese_clip", "clap", "clip", "clipseg", "clvp", "dia"),
-    *(
-        "fastspeech2_conformer",
-        "fastspeech2_conformer_with_hifigan",
-        "flava",
-        "grounding-dino",
-        "groupvit",
-        "metaclip_2",
-    ),
-    *(
-        "mm-grounding-dino",
-        "nemotron3_5_asr",
-        "nemotron_asr_streaming",
-        "owlv2",
-        "owlvit",
-        "parakeet_rnnt",
-        "parakeet_tdt",
-    ),
-    *("pe_audio", "perceiver", "pp_formulanet", "sam3", "sam3_lite_text", "sam3_lite_text_text_model"),
-    *("vision-text-dual-encoder", "vits", "xclip"),
+    *("canine", "clvp", "dia", "fastspeech2_conformer", "fastspeech2_conformer_with_hifigan", "grounding-dino"),
+    *("groupvit", "mm-grounding-dino", "nemotron3_5_asr", "nemotron_asr_streaming", "owlv2", "owlvit"),
+    *("parakeet_rnnt", "parakeet_tdt", "perceiver", "sam3", "sam3_lite_text", "sam3_lite_text_text_model", "vits"),
 )
 
 _PARAMETRIZED = "parametrized convolutions cannot be pickled"
@@ -348,7 +331,12 @@ _QUERY = {"qformer_input_ids": torch.full((BATCH, 5), FIRST_ID)}
 
 #: By model type: what a batch of text lacks, or has too much (None); also as a function of the configuration.
 INPUTS: dict[str, Any] = {
-    **dict.fromkeys(("blip", "bridgetower", "git", "siglip", "vilt", "vision-encoder-decoder"), _PIXELS),
+    **dict.fromkeys(("aimv2", "align", "altclip", "blip", "bridgetower", "chinese_clip", "clip", "clipseg"), _PIXELS),
+    **dict.fromkeys(("git", "metaclip_2", "pp_formulanet", "siglip", "vilt", "vision-encoder-decoder"), _PIXELS),
+    **dict.fromkeys(("vision-text-dual-encoder",), _PIXELS),
+    "clap": {"input_features": torch.ones(BATCH, 1, 1001, 64), "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)},
+    "pe_audio": {"input_values": torch.ones(BATCH, 1, 1920 * 4)},
+    "xclip": {"pixel_values": _VIDEO},
     **dict.fromkeys(("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speecht5"), _WAVE),
     **dict.fromkeys(("canary", "cohere_asr"), _FEATURES),
     **dict.fromkeys(("gradium_phonon_tts", "pocket_tts"), _NO_LABELS),

@@ -39,32 +39,12 @@ SAMPLE = (
     "xlnet",
 )
 
-#: What does not work yet. Each is expected to fail, so that a mended one cannot stay here.
-KNOWN_FAILURES: dict[str, str] = {
-    "cpmant": "looks up ids to which it has added a prompt of its own, so that the mask does not tell their lengths",
-    "encoder-decoder": "the decoder has a table of its own, which is not made noisy",
-    "fsmt": "the decoder has a table of its own, which is not made noisy",
-    "longformer": "pads ids to its window before it looks them up, so that the mask does not tell their lengths",
-    "musicgen": "the decoder has tables of its own, which are not made noisy",
-    "rwkv": "takes no mask",
-    "t5gemma": "the decoder has a table of its own, which is not made noisy",
-    "xlnet": "looks ids up as (length, batch)",
-}
-
 
 def pytest_generate_tests(metafunc):
     everything = metafunc.config.getoption("--all-architectures", default=False)
     if "model_type" in metafunc.fixturenames:
         found = architectures.model_types() if everything else SAMPLE
-        metafunc.parametrize(
-            "model_type",
-            [
-                pytest.param(each, marks=pytest.mark.xfail(reason=KNOWN_FAILURES[each], strict=True))
-                if each in KNOWN_FAILURES
-                else each
-                for each in found
-            ],
-        )
+        metafunc.parametrize("model_type", found)
     if "refused_type" in metafunc.fixturenames:
         found = list(architectures.REFUSED)
         metafunc.parametrize("refused_type", found if everything else found[::8])
@@ -86,7 +66,7 @@ def test_architecture(model_type, tmp_path):
     check_without_noise_it_trains_as_before(model, batch, step)
     check_copies(model, batch, calls, evaluation, model_type)
     check_resized(model, plain, batch, calls, model_type)
-    check_checkpointing(model, batch, model_type)
+    check_checkpointing(model, plain, batch, model_type)
     check_restored(model, batch, evaluation, step, was)
     check_reloaded(model, tmp_path)
 
@@ -194,14 +174,27 @@ def check_resized(model, plain, batch, calls, model_type):
     assert len(again) == len(calls)
 
 
-def check_checkpointing(model, batch, model_type):
+def check_checkpointing(model, plain, batch, model_type):
     """Gradient checkpointing recomputes the same noise: same loss, same gradients."""
     unable = {**architectures.CANNOT["deepcopy"], **architectures.CANNOT["checkpoint"]}
     if not model.supports_gradient_checkpointing or model_type in unable:
         return
-    twin = copy.deepcopy(model)
-    twin.gradient_checkpointing_enable()
-    assert_same_step(train_step(twin, batch), train_step(model, batch))
+    steps = []
+    for each in (plain, model):
+        twin = copy.deepcopy(each)
+        twin.gradient_checkpointing_enable()
+        steps.append((train_step(twin, batch), train_step(each, batch)))
+    (plain_checkpointed, plain_step), (checkpointed, step) = steps
+    assert torch.equal(checkpointed.loss, step.loss)
+    if all(map(torch.equal, plain_checkpointed.gradients.values(), plain_step.gradients.values())):
+        assert_same_step(checkpointed, step)
+        return
+    # Recurrent layers add the same gradients up in another order when they are checkpointed, without noise as well. That
+    # rounds differently, by 2**-24 of the largest gradient for each of some thousand terms at the very most.
+    assert checkpointed.gradients.keys() == step.gradients.keys()
+    for name, gradient in checkpointed.gradients.items():
+        error = (gradient - step.gradients[name]).abs().max()
+        assert error <= 1000 * 2**-24 * step.gradients[name].abs().max(), name
 
 
 def check_reloaded(model, folder):
