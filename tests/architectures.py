@@ -46,12 +46,14 @@ SPECIAL_TOKEN = r".*(token_ids?|token_index|_(start|end|newline|patch|pad|bos|eo
 
 #: By model type, also of sub-configurations: fields that the sizes above get wrong or too large.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "align": {"projection_dim": 640},  # of its EfficientNet
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"block_size": 2, "num_random_blocks": 1},  # its attention is sparse in batches longer than 7 blocks
     "blip-2": {"image_token_index": FIRST_ID - 1},
     "blt": {"num_hidden_layers": LAYERS},
     "chameleon": {"vocabulary_map": {"<image>": FIRST_ID - 1}},
     "chameleon_vqgan": {"base_channels": 32},
+    "clap_audio_model": {"hidden_size": 8 * WIDTH},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": HEADS, "clip_qkv": 8.0}},
@@ -119,6 +121,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "videoprism_vision_model": {"num_frames": 2},
+    "xclip_vision_model": {"num_frames": 2},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -161,19 +164,20 @@ NOT_BUILT = {
     "voxtral_realtime_text": "its auto class does not exist",
 }
 
-#: Model types whose token embedding cannot be told: get_input_embeddings() is not implemented, or returns no module.
+#: Model types whose token embedding cannot be told: none of their parts names one, or it is no module.
 REFUSED = (
     *("canine", "clvp", "dia", "fastspeech2_conformer", "fastspeech2_conformer_with_hifigan", "grounding-dino"),
     *("groupvit", "mm-grounding-dino", "nemotron3_5_asr", "nemotron_asr_streaming", "owlv2", "owlvit"),
     *("parakeet_rnnt", "parakeet_tdt", "perceiver", "sam3", "sam3_lite_text", "sam3_lite_text_text_model", "vits"),
 )
 
+_TEXT_PART = "only its text part names its embedding"
 _PARAMETRIZED = "parametrized convolutions cannot be pickled"
 #: What these models cannot do without noise either, and why.
 CANNOT: dict[str, dict[str, str]] = {
     "deepcopy": {"recurrent_gemma": "keeps the states of its last pass, which are no leaves"},
     "pickle": {
-        "colpali": "transformers hooks a local function on it",
+        **dict.fromkeys(("colpali", "pe_audio"), "transformers hooks a local function on it"),
         **dict.fromkeys(("musicgen", "musicgen_melody", "speech-encoder-decoder", "speecht5"), _PARAMETRIZED),
     },
     "resize": {
@@ -182,7 +186,11 @@ CANNOT: dict[str, dict[str, str]] = {
         **dict.fromkeys(("csm", "kyutai_speech_to_text"), "several codebooks in one table"),
         "cpmant": "its table holds its prompts as well",
         "esm": "its output keeps its size",
+        **dict.fromkeys(("aimv2", "align", "altclip", "chinese_clip", "clap", "clip", "clipseg"), _TEXT_PART),
+        **dict.fromkeys(("flava", "metaclip_2", "pe_audio", "pp_formulanet", "vision-text-dual-encoder"), _TEXT_PART),
+        "xclip": _TEXT_PART,
     },
+    "reload": {"shieldgemma2": "from_pretrained() does not know the names that save_pretrained() gives its weights"},
     "checkpoint": {"pi0": "needs the cache that checkpointing turns off"},
 }
 
@@ -332,9 +340,10 @@ _QUERY = {"qformer_input_ids": torch.full((BATCH, 5), FIRST_ID)}
 #: By model type: what a batch of text lacks, or has too much (None); also as a function of the configuration.
 INPUTS: dict[str, Any] = {
     **dict.fromkeys(("aimv2", "align", "altclip", "blip", "bridgetower", "chinese_clip", "clip", "clipseg"), _PIXELS),
-    **dict.fromkeys(("git", "metaclip_2", "pp_formulanet", "siglip", "vilt", "vision-encoder-decoder"), _PIXELS),
-    **dict.fromkeys(("vision-text-dual-encoder",), _PIXELS),
-    "clap": {"input_features": torch.ones(BATCH, 1, 1001, 64), "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)},
+    **dict.fromkeys(
+        ("git", "metaclip_2", "siglip", "vilt", "vision-encoder-decoder", "vision-text-dual-encoder"), _PIXELS
+    ),
+    "clap": {"input_features": _numbers(1, 1001, 64), "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)},
     "pe_audio": {"input_values": torch.ones(BATCH, 1, 1920 * 4)},
     "xclip": {"pixel_values": _VIDEO},
     **dict.fromkeys(("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speecht5"), _WAVE),
@@ -368,6 +377,7 @@ INPUTS: dict[str, Any] = {
     "pix2struct": lambda config: {
         "flattened_patches": torch.ones(BATCH, 6, config.vision_config.patch_embed_hidden_size + 2)
     },
+    "pp_formulanet": {**_PIXELS, "input_ids": None, "attention_mask": None},
     "siglip2": {
         "pixel_values": torch.ones(BATCH, 4, 768),
         "pixel_attention_mask": torch.ones(BATCH, 4),

@@ -68,7 +68,7 @@ def test_architecture(model_type, tmp_path):
     check_resized(model, plain, batch, calls, model_type)
     check_checkpointing(model, plain, batch, model_type)
     check_restored(model, batch, evaluation, step, was)
-    check_reloaded(model, tmp_path)
+    check_reloaded(model, tmp_path, model_type)
 
 
 def test_refused(refused_type):
@@ -197,11 +197,13 @@ def check_checkpointing(model, plain, batch, model_type):
         assert error <= 1000 * 2**-24 * step.gradients[name].abs().max(), name
 
 
-def check_reloaded(model, folder):
+def check_reloaded(model, folder, model_type):
     """What a noisy model saves is what it would have saved before, and loads as a plain model."""
     replace_embeddings(model).save_pretrained(folder)
     again = type(model).from_pretrained(folder)
     assert not describe(again)
+    if model_type in architectures.CANNOT["reload"]:
+        return
     saved, loaded = model.state_dict(), again.state_dict()
     assert saved.keys() == loaded.keys()
     for name, value in saved.items():
@@ -343,7 +345,10 @@ class Recorder(TorchFunctionMode):
 
 def input_embeddings(model):
     """The modules that look up the ids a model is given: those of the encoder and the decoder, where it has both."""
-    found = [model.get_input_embeddings()]
+    try:
+        found = [model.get_input_embeddings()]
+    except NotImplementedError:  # of pictures and text: transformers' word for the latter is the decoder
+        found = [model.get_decoder().get_input_embeddings()]
     if model.config.is_encoder_decoder:
         decoder = model.get_decoder()
         found.append(
