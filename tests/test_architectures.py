@@ -30,11 +30,13 @@ SAMPLE = (
     # encoder and decoder: one table looked up by both, scaled, or one each
     *("t5", "bart", "m2m_100", "marian", "prophetnet", "t5gemma", "t5gemma2", "encoder-decoder", "fsmt", "musicgen"),
     # encoders
-    *("bert", "modernbert", "deberta-v2", "longformer"),
+    *("bert", "modernbert", "deberta-v2", "longformer", "big_bird"),
     # state-space and recurrent models
     *("mamba", "jamba", "rwkv"),
     # with images and sound; gemma4 looks up single ids as well
-    *("llava", "qwen2_5_vl", "gemma4", "florence2", "blip-2", "whisper"),
+    *("llava", "qwen2_5_vl", "gemma4", "florence2", "blip-2", "whisper", "clip"),
+    # a decoder that reads the cache of its encoder
+    "diffusion_gemma",
     # ids by time, not by sequence
     "xlnet",
 )
