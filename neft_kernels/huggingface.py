@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from neft_kernels import ops
@@ -75,8 +75,8 @@ def replace_embeddings(
         RuntimeError: the backend asked for cannot run here.
     """
     settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend, sequence_group, sequence_layout, of_model=True)
-    embeddings = _token_embeddings(model)
-    if noise_on != "all" and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    embeddings, note = _token_embeddings(model)
+    if noise_on != "all" and _is_encoder_decoder(model):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
     if backend is not None:
         for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
@@ -85,7 +85,7 @@ def replace_embeddings(
     restore_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
     for module in embeddings:
-        noise = Noise(settings, names[module])
+        noise = Noise(settings, names[module], standing_note=note)
         if _is_plain(module):
             module.__class__ = NEFTuneEmbedding
             module.noise = noise  # type: ignore[assignment]
@@ -95,6 +95,8 @@ def replace_embeddings(
             AddNoise(noise).attach(module)
         if HOOK_ATTRIBUTE in module.__dict__:
             ops.logger.warning("%s: noise %s; to use neft_kernels instead, unset it", noise.name, noise.state(module))
+    if note:
+        ops.logger.warning("%s: %s", type(model).__name__, note)
     for module in modules_to_watch(model, embeddings):
         WatchSequences(settings, module, outermost=module is model).attach(module)
     return model
@@ -148,39 +150,81 @@ def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: 
 # --- which embeddings ------------------------------------------------------------------------------------------------
 
 
-def _token_embeddings(model: nn.Module) -> list[nn.Module]:
-    """All token look-ups of `model`: its input embeddings, and whatever else looks up the same table.
+def _token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
+    """All token look-ups of `model`, and a note on those that are not known.
 
-    Encoder-decoder models keep the table in one module and look it up through others that are tied to it.
+    They are the input embeddings that it names, those of its decoder where it has an encoder as well, and whatever else looks
+    up the same tables: most encoder-decoder models keep one table and look it up through modules that are tied to it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return _token_embeddings(model.module)
     lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    get_input_embeddings = getattr(model, "get_input_embeddings", None)
-    if get_input_embeddings is None:
+    if not hasattr(model, "get_input_embeddings"):
         if len(lookups) != 1:
             raise ValueError(
                 f"model has no get_input_embeddings() and {len(lookups)} nn.Embedding modules, so its token embedding "
                 "is not known; pass the module that holds just that one"
             )
-        return list(lookups)
+        return list(lookups), ""
+    main, why_not = _input_embeddings(model)
+    if main is None:  # for transformers the text part beside a part for pictures is a decoder too
+        main, _ = _input_embeddings(_part(model, "decoder"))
+    if main is None:
+        raise ValueError(f"model of class {type(model).__name__} names no input embeddings: {why_not}")
+    named, note = [main], ""
+    if _is_encoder_decoder(model):
+        encoder, _ = _input_embeddings(_part(model, "encoder"))  # of a picture or a sound, where it reads those
+        decoder, why_not = _input_embeddings(_part(model, "decoder"))
+        if encoder is not None and any(_is_tied(table, main) for table in _tables(encoder)):
+            named.append(encoder)
+        if decoder is not None:
+            named.append(decoder)
+        else:
+            note = f"the decoder's tokens get no noise, because its embedding is not known: {why_not}"
+    tied = [module for module in lookups if any(module.weight is getattr(each, "weight", None) for each in named)]
+    # What wraps a table, as PEFT's layers do, may look it up by itself; then noise goes on what the wrapper returns.
+    inside = {part for module in named for part in module.modules() if part is not module}
+    return [module for module in dict.fromkeys([*named, *tied]) if module not in inside], note
+
+
+def _input_embeddings(part: nn.Module) -> tuple[nn.Module | None, str]:
+    """The module by which `part` of a model looks tokens up, as it names it itself; or None, and why."""
+    getter = getattr(part, "get_input_embeddings", None)
     try:
-        main = get_input_embeddings()
-    except NotImplementedError as error:
-        raise ValueError(f"model of class {type(model).__name__} names no input embeddings: {error}") from error
-    if not isinstance(main, nn.Module) or isinstance(main, (nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(
-            f"model.get_input_embeddings() of {type(model).__name__} returns a {type(main).__name__}, which is not called"
+        # The default name is that of transformers, for parts that do not derive from its models.
+        found = part.embed_tokens if getter is None else getter()
+    except (NotImplementedError, AttributeError) as error:
+        return None, str(error)
+    if isinstance(found, nn.ModuleList) and found and all(isinstance(table, nn.Embedding) for table in found):
+        # One table for each codebook. The model adds their rows up, and so the noise of one is the noise of the sum; noise
+        # in each would be sqrt(codebooks) times too much, and no longer uniform.
+        return found[0], ""
+    if not isinstance(found, nn.Module) or isinstance(found, (nn.ModuleList, nn.ModuleDict)):
+        return (
+            None,
+            f"get_input_embeddings() of {type(part).__name__} returns a {type(found).__name__}, which is not called",
         )
-    # What wraps the table, as PEFT's layers do, may look it up by itself; then noise goes on what the wrapper returns.
-    inside = set(main.modules())
-    table = getattr(main, "weight", None)
-    tied: list[nn.Module] = [
-        module for module in lookups if module.weight is table and (module is main or module not in inside)
-    ]
-    return tied if main in tied else [main, *tied]
+    return found, ""
+
+
+def _part(model: nn.Module, kind: str) -> nn.Module:
+    """The "encoder" or the "decoder" of `model`."""
+    getter: Callable[[], nn.Module] | None = getattr(model, f"get_{kind}", None)
+    return getattr(model, kind, model) if getter is None else getter()
+
+
+def _tables(module: nn.Module) -> list[Tensor]:
+    return [each.weight for each in module.modules() if isinstance(each, nn.Embedding)]
+
+
+def _is_tied(table: Tensor, module: nn.Module) -> bool:
+    return any(table is other for other in _tables(module))
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -172,7 +172,7 @@ def _add_noise(
     """
     tokens_shape = embeds.shape[:-1]
     sharded = len(groups) == 1 and input_ids.shape == (*tokens_shape[:-1], tokens_shape[-1] * group_size(groups[0]))
-    tokens = input_ids if sharded else embeds[..., 0]
+    tokens = input_ids if sharded or input_ids.shape == tokens_shape else embeds[..., 0]
     part = noise.part_of(tokens)
     if sharded and input_ids.shape != tokens_shape:  # the output of tensor parallelism with sequence parallelism
         whole = Part(tokens.shape[-1], ((0, tokens.shape[-1]),)) if part is None else part

@@ -2,8 +2,7 @@
 
 import copy
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,116 +11,16 @@ from torch import Tensor, nn
 
 from neft_kernels import distributed, ops
 from neft_kernels.distributed import Part
+from neft_kernels.layout import lay_out, may_be_laid_out
 from neft_kernels.magnitude import NOISE_ON, SCALES, check_alpha, check_choice, magnitude_of_length, noise_magnitude
+from neft_kernels.sequences import NO_SEQUENCES, Passes, is_recomputed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from neft_kernels.distributed import Group
 
-__all__ = ["HOOK_ATTRIBUTE", "NO_SEQUENCES", "Noise", "NoiseSettings", "Passes", "Sequences"]
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What a forward pass says of the sequences in its batch. Names and shapes are those of :func:`noise_magnitude`."""
-
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    cu_seq_lens: Tensor | None = None
-    labels: Tensor | None = None
-    #: A cache was passed, so tokens are being generated and get no noise.
-    generating: bool = False
-
-    def telling(self, tokens: Tensor, length: int) -> tuple[dict[str, Tensor], str]:
-        """Those that :func:`noise_magnitude` can use for `tokens`, and a note on those that it cannot.
-
-        `tokens` may be a part of rows of `length`; what is as long as the rows is about the whole of them.
-        """
-        kept, unusable = {}, []
-        for name, value in self._given():
-            if name == "attention_mask" and value.ndim == tokens.ndim and value.shape[-1] != length:
-                value = value[..., -tokens.shape[-1] :]  # what comes before is about a cache, such as a prefix
-            if self._tells(name, value, tokens, length):
-                kept[name] = value
-            else:
-                unusable.append(
-                    f"{name} of shape {list(value.shape)} does not tell the lengths of ids of shape {list(tokens.shape)}"
-                )
-        return kept, "; ".join(unusable)
-
-    def _given(self) -> Iterator[tuple[str, Tensor]]:
-        for name in ("attention_mask", "position_ids", "cu_seq_lens", "labels"):
-            if (value := getattr(self, name)) is not None:
-                yield name, value
-
-    @staticmethod
-    def _tells(name: str, value: Tensor, tokens: Tensor, length: int) -> bool:
-        if value.device != tokens.device:
-            return False
-        if name == "cu_seq_lens":
-            return tokens.numel() == tokens.shape[-1] and value.ndim == 1 and 2 <= value.shape[0] <= length + 1
-        rows = tokens.shape[:-1]
-        if value.ndim == 0 or value.shape[-1] not in (tokens.shape[-1], length):
-            return False
-        return value.shape[:-1] == rows or (name == "position_ids" and ops.broadcasts(value.shape[:-1], rows))
-
-
-NO_SEQUENCES = Sequences()
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A module's forward pass under way."""
-
-    sequences: Sequences
-    owner: object
-    outside: "_Pass | None"
-
-
-class Passes:
-    """The forward passes of one model that are under way, each thread's own: several may run the model at once."""
-
-    def __init__(self) -> None:
-        self._of_thread: dict[int, _Pass] = {}
-        # Of the last one that began, in whatever thread: a compiled graph cannot tell threads apart.
-        self._last: _Pass | None = None
-        #: Whether the last pass told of its sequences.
-        self.have_told = False
-
-    @property
-    def sequences(self) -> Sequences:
-        """What the innermost pass of this thread says."""
-        innermost = self._innermost()
-        return NO_SEQUENCES if innermost is None else innermost.sequences
-
-    def begin(self, owner: object, sequences: Sequences) -> None:
-        """`owner` begins a pass, inside those that have begun and not ended."""
-        self._set(_Pass(sequences, owner, self._innermost()))
-
-    def end(self, owner: object) -> None:
-        """The innermost pass of `owner` ends, and with it all that are inside of it."""
-        innermost = self._innermost()
-        while innermost is not None and innermost.owner is not owner:
-            innermost = innermost.outside
-        if innermost is not None:
-            self._set(innermost.outside)
-
-    def _innermost(self) -> _Pass | None:
-        return self._last if torch.compiler.is_compiling() else self._of_thread.get(threading.get_ident())
-
-    def _set(self, innermost: _Pass | None) -> None:
-        self._last = innermost
-        if torch.compiler.is_compiling():
-            return
-        if innermost is None:
-            del self._of_thread[threading.get_ident()]
-        else:
-            self._of_thread[threading.get_ident()] = innermost
-
-    def __reduce__(self) -> tuple:
-        """A copy or a pickle has nothing of the passes under way."""
-        return Passes, ()
+__all__ = ["HOOK_ATTRIBUTE", "Noise", "NoiseSettings"]
 
 
 @dataclass
@@ -213,6 +112,8 @@ class Noise:
     #: The magnitude of the last forward pass that had noise, and why it was not what was asked for.
     last_magnitude: float | Tensor | None = None
     note: str = ""
+    #: What the model's noise leaves out, whatever the batch.
+    standing_note: str = ""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_magnitude": None}
@@ -244,23 +145,27 @@ class Noise:
 
     def arguments(
         self,
-        tokens: Tensor,
+        ids: Tensor,
         embedding_dim: int,
         part: Part | None = None,
         groups: "Sequence[ProcessGroup]" = (),
         **sequences: Any,
     ) -> dict[str, Any]:
-        """The arguments of the op that say which noise `tokens` ``[..., L]`` get; only shape and device of them count.
+        """The arguments of the op that say which noise `ids` ``[..., L]`` get.
 
         `part` is that of :meth:`part_of`, or a part of it; the magnitude is that of the part. `groups` are those over which
         the table is spread. `sequences` are those of :func:`noise_magnitude`, of the part or of the whole; without any, those
-        of the model's forward pass are used as far as they can be.
+        of the model's forward pass are used as far as they can be. Only where their shapes differ from that of `ids` do the
+        values of `ids` count.
         """
-        settings, note, noise_on = self.settings, "", self.settings.noise_on
+        settings, note = self.settings, ""
+        tokens = ids  # those that the sequences are about
         if not sequences:
-            sequences, note = self._sequences_of_pass(tokens, tokens.shape[-1] if part is None else part.length)
-        if noise_on != "all" and sequences.get("labels") is None:
-            raise ValueError(f"noise_on={noise_on!r} needs labels of the ids' shape, but the model was called without")
+            tokens, sequences, note = self._sequences_of_pass(ids, part)
+        if settings.noise_on != "all" and sequences.get("labels") is None:
+            raise ValueError(
+                f"noise_on={settings.noise_on!r} needs labels of the ids' shape, but the model was called without"
+            )
         if part is not None:
             if settings.sequence_group is not None:
                 groups = [*groups, *distributed.groups_of(settings.sequence_group)]
@@ -272,26 +177,28 @@ class Noise:
                 }
             tokens = tokens[..., :1].expand(*tokens.shape[:-1], part.length)
 
-        alpha = self._alpha(tokens.device)
-        if sequences or tokens.numel() == 0:
-            magnitude = noise_magnitude(
-                tokens, embedding_dim, alpha, scale_by=settings.scale_by, noise_on=noise_on, **sequences
+        magnitude = self._magnitude(tokens, embedding_dim, sequences)
+        if part is not None:
+            if isinstance(magnitude, Tensor) and magnitude.ndim:
+                magnitude = part.of(magnitude)
+        elif tokens is not ids:
+            by_batch = self._magnitude(ids, embedding_dim, {}) if settings.noise_on == "all" else 0.0
+            magnitude = lay_out(magnitude, tokens, ids, by_batch)
+            note = "; ".join(
+                filter(None, (note, f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}"))
             )
-        else:
-            magnitude = magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
-        if part is not None and isinstance(magnitude, Tensor) and magnitude.ndim:
-            magnitude = part.of(magnitude)
         if not torch.compiler.is_compiling() and _can_be_read_later(magnitude):
             first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
-            if first and ops.logger.isEnabledFor(logging.INFO) and not _is_capturing(tokens):
-                self._log_first(tokens.device)
+            if first and ops.logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
+                self._log_first(ids.device)
         stream = distributed.stream_of_replica(groups) if settings.stream is None else settings.stream
         arguments = {"magnitude": magnitude, "stream": stream, "backend": settings.backend}
         if groups:
-            arguments["seed"] = distributed.shared_seed(ops.draw_seed(tokens.device), groups)
+            arguments["seed"] = distributed.shared_seed(ops.draw_seed(ids.device), groups)
         return arguments
 
-    def _sequences_of_pass(self, tokens: Tensor, length: int) -> tuple[dict[str, Tensor], str]:
+    def _sequences_of_pass(self, ids: Tensor, part: Part | None) -> tuple[Tensor, dict[str, Tensor], str]:
+        """The ids that the model was given, what its pass says of them, and a note on what cannot be used."""
         passes = self.settings.passes
         sequences = passes.sequences
         if sequences is NO_SEQUENCES:
@@ -300,10 +207,19 @@ class Noise:
                     "a checkpointed region that holds the embedding is recomputed outside of the module that got the masks; "
                     "give them to a module inside the region"
                 )
-            return {}, ""
-        telling, note = sequences.telling(tokens, length)
+            return ids, {}, ""
+        given = sequences.input_ids
+        tokens = given if given is not None and part is None and may_be_laid_out(given, ids) else ids
+        telling, note = sequences.telling(tokens, tokens.shape[-1] if part is None else part.length)
         passes.have_told = bool(telling)
-        return telling, note
+        return tokens, telling, note
+
+    def _magnitude(self, tokens: Tensor, embedding_dim: int, sequences: dict[str, Tensor]) -> float | Tensor:
+        alpha = self._alpha(tokens.device)
+        if not sequences and tokens.numel():
+            return magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
+        scale_by, noise_on = self.settings.scale_by, self.settings.noise_on
+        return noise_magnitude(tokens, embedding_dim, alpha, scale_by=scale_by, noise_on=noise_on, **sequences)
 
     def _alpha(self, device: torch.device) -> float | Tensor:
         settings = self.settings
@@ -351,8 +267,3 @@ def _can_be_read_later(magnitude: float | Tensor) -> bool:
 
 def _is_capturing(tokens: Tensor) -> bool:
     return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def is_recomputed() -> bool:
-    """Whether this pass runs inside of backward, as activation checkpointing does it."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -27,7 +27,7 @@ class EmbeddingReport:
     backend: str
     state: str  # "on", or why there is no noise at this moment
     last_magnitude: tuple[float, float] | None  # of the last noisy batch: smallest and largest, over tokens with noise
-    note: str  # why the last batch's noise was not what was asked for
+    note: str  # why the noise, of the last batch or at all, is not what was asked for
 
     def __str__(self) -> str:
         if self.last_magnitude is None:
@@ -84,5 +84,5 @@ def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
         backend=ops.choose_backend(device, settings.backend),
         state=noise.state(module),
         last_magnitude=noise.bounds(),
-        note=noise.note,
+        note="; ".join(filter(None, (noise.standing_note, noise.note))),
     )

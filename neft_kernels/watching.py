@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from neft_kernels.noise import NoiseSettings, is_recomputed
+from neft_kernels.noise import NoiseSettings
+from neft_kernels.sequences import NO_SEQUENCES, is_recomputed
 
 __all__ = ["WatchSequences", "modules_to_watch"]
 
@@ -17,6 +18,12 @@ _FROM_ARGUMENT = {
     "attention_mask": "attention_mask",
     "position_ids": "position_ids",
     "cu_seq_lens_q": "cu_seq_lens",
+    "labels": "labels",
+}
+#: For what takes a decoder's ids and no others.
+_FROM_ARGUMENT_OF_DECODER = {
+    "decoder_attention_mask": "attention_mask",
+    "decoder_position_ids": "position_ids",
     "labels": "labels",
 }
 
@@ -46,16 +53,23 @@ class WatchSequences:
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict.fromkeys(self.parameters) | dict(zip(self.parameters, args, strict=False)) | kwargs
-        known = {
-            attribute: given[argument] if isinstance(given[argument], torch.Tensor) else None
-            for argument, attribute in _FROM_ARGUMENT.items()
-            if argument in given
+        given = {
+            name: value if isinstance(value, torch.Tensor) or name in _CACHES else None for name, value in given.items()
         }
         passes = self.settings.passes
+        is_decoder = "decoder_input_ids" in given and "input_ids" not in given
+        arguments = _FROM_ARGUMENT_OF_DECODER if is_decoder else _FROM_ARGUMENT
+        known = {attribute: given[name] for name, attribute in arguments.items() if name in given}
+        if is_decoder or given.get("encoder_hidden_states") is not None:
+            # Its ids are its own, and what the module around it was told is not about them.
+            known = dict.fromkeys(("attention_mask", "position_ids", "cu_seq_lens")) | known
+        if "attention_mask" in known:  # and so the ids that it is about
+            known["input_ids"] = given.get("decoder_input_ids" if is_decoder else "input_ids")
         outside = passes.sequences
-        inside = replace(outside, **known)  # type: ignore[arg-type]
-        # With labels there is training, whatever the cache is for: prefix tuning passes its prefix as one.
-        has_cache = any(given.get(name) is not None for name in _CACHES)
+        inside = outside.inside(known)
+        # A cache that the model fills and passes on within itself is none; nor is there generation with labels, whatever
+        # the cache is for: prefix tuning passes its prefix as one.
+        has_cache = outside is NO_SEQUENCES and any(given.get(name) is not None for name in _CACHES)
         passes.begin(self, replace(inside, generating=outside.generating or (has_cache and inside.labels is None)))
         # A compiled graph would be tied to the count of one pass, and a pass that is recomputed has been counted.
         is_repeated = torch.compiler.is_compiling() or is_recomputed()

@@ -6,6 +6,7 @@ by small ones: :data:`SIZES`. What that rule of thumb does not know stands in :d
 
 import dataclasses
 import inspect
+import math
 import re
 from typing import Any
 
@@ -43,78 +44,62 @@ SIZES = (
 REQUIRED = {"head_dim": HEAD_DIM, "num_experts_per_tok": 2, "n_routed_experts": EXPERTS}
 SPECIAL_TOKEN = r".*(token_ids?|token_index|_(start|end|newline|patch|pad|bos|eos)_id|(bos|eos|pad|unk|mask)_index)"
 
-#: By model type, also of sub-configurations: fields that the sizes above get wrong.
+#: By model type, also of sub-configurations: fields that the sizes above get wrong or too large.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "qwen2_5_omni_thinker": {"vision_start_token_id": FIRST_ID - 2},
-    "qwen3_omni_moe_thinker": {"vision_start_token_id": FIRST_ID - 2},
-    "step3p5": {"sliding_window": 8},
-    "radio": {"video_temporal_patch_size": 2},
-    "t5gemma2_text": {"dropout_rate": 0.0},
-    "vibevoice_acoustic_tokenizer": {"num_filters": 2, "hidden_size": 8, "depths": [1, 1, 1, 1, 1, 1, 1]},
-    "tvp": {
-        "num_frames": 2,
-        "visual_prompt_size": 8,
-        "max_img_size": 64,
-        "backbone_config": {
-            "model_type": "resnet",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 8, WIDTH],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage4"],
-        },
-    },
-    "dots3_note_text": {"per_layer_config": {}, "head_dim": 2 * HEAD_DIM, "num_experts_per_tok": 2},
-    "muse_spark_audio": {"hidden_sizes": [8, 8, 8, 8], "num_hidden_layers": 4},
-    "reformer": {
-        "axial_pos_embds_dim": [32, 32],
-        "axial_pos_shape": [5, LENGTH // 5],
-        "attn_layers": ["local", "local"],  # it reseeds torch in every pass, for its hashes and its dropout
-        "hidden_dropout_prob": 0.0,
-        "local_attention_probs_dropout_prob": 0.0,
-    },
-    "big_bird": {"block_size": 2, "num_random_blocks": 1},  # small enough for its sparse attention
-    "longformer": {"attention_window": 16},
-    "led": {
-        "attention_window": 16,
-        "max_encoder_position_embeddings": POSITIONS,
-        "max_decoder_position_embeddings": POSITIONS,
-    },
-    "xlstm": {"num_hidden_layers": LAYERS, "num_blocks": LAYERS, "qk_dim_factor": 1.0},
-    "encodec": {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16},
+    "align": {"projection_dim": 640},  # of its EfficientNet
+    "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"block_size": 2, "num_random_blocks": 1},  # its attention is sparse in batches longer than 7 blocks
+    "blip-2": {"image_token_index": FIRST_ID - 1},
+    "blt": {"num_hidden_layers": LAYERS},
+    "chameleon": {"vocabulary_map": {"<image>": FIRST_ID - 1}},
+    "chameleon_vqgan": {"base_channels": 32},
+    "clap_audio_model": {"hidden_size": 8 * WIDTH},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": HEADS, "clip_qkv": 8.0}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": WIDTH},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
+    "dots3_note_text": {"per_layer_config": {}, "head_dim": 2 * HEAD_DIM},
+    "emu3": {"vocabulary_map": {"<image>": FIRST_ID - 1, "<|extra_200|>": FIRST_ID - 2}},
+    "emu3_vqgan": {"base_channels": 32, "latent_channels": 4},
+    "encodec": {"num_filters": 4},
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}
     },
-    "fun_asr_nano": {
-        "adaptor_config": {
-            "hidden_size": WIDTH,
-            "intermediate_size": WIDTH // 4,
-            "num_attention_heads": HEADS,
-            "num_hidden_layers": LAYERS,
-            "encoder_hidden_size": WIDTH,
-        }
-    },
-    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
-    "parakeet_encoder": {"num_mel_bins": 64},
-    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "hidden_size": 8},
-    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2, "hidden_size": 8},
-    "blip-2": {"image_token_index": FIRST_ID - 1, "num_query_tokens": 4},
-    "instructblip": {"image_token_index": FIRST_ID - 1, "num_query_tokens": 4},
-    "instructblipvideo": {"video_token_index": FIRST_ID - 1, "num_query_tokens": 4},
-    "blt": {"num_hidden_layers": LAYERS},
-    "blt_local_encoder": {"hidden_size_global": WIDTH},
-    "blt_local_decoder": {"hidden_size_global": WIDTH},
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3, "pad_token_id": 0},
-    "longcat_flash": {"qk_head_dim": 2 * HEAD_DIM, "qk_rope_head_dim": HEAD_DIM, "qk_nope_head_dim": HEAD_DIM},
-    "mimo_v2_flash": {"num_key_value_heads": HEADS // 2, "v_head_dim": HEAD_DIM},
+    "fun_asr_nano": {
+        "adaptor_config": {"hidden_size": WIDTH, "intermediate_size": WIDTH // 4, "encoder_hidden_size": WIDTH}
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "glm5_next_text": {"index_topk": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "instructblip": {"image_token_index": FIRST_ID - 1},
+    "instructblipvideo": {"video_token_index": FIRST_ID - 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "janus_vqgan": {"base_channels": 32, "latent_channels": 32},
+    "kosmos-2": {"latent_query_num": 4},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
+    "led": {"attention_window": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},
+    "longcat_flash": {"qk_head_dim": 2 * HEAD_DIM},
+    "longformer": {"attention_window": 16},
+    "mamba2": {"num_heads": 8},
+    "mimi": {"num_filters": 4},
+    "mimo_v2_flash": {"num_key_value_heads": HEADS // 2},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "moonshine_streaming": {"num_key_value_heads": HEADS},
-    "zamba": {
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-        "num_hidden_layers": 3,
-        "attention_hidden_size": 2 * WIDTH,
-    },
-    "kosmos-2": {"latent_query_num": 4},
-    "videoprism_vision_model": {"num_frames": 2},
+    "muse_spark_audio": {"hidden_sizes": [8, 8, 8, 8], "num_hidden_layers": 4},
+    "nemotron": {"num_key_value_heads": HEADS},
+    "nemotron_h": {"n_groups": 1, "mamba_num_heads": 8, "mamba_head_dim": 16},
+    "parakeet_encoder": {"num_mel_bins": 64},
+    "perceiver": {"d_latents": WIDTH},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": FIRST_ID - 1},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": FIRST_ID - 1},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -122,128 +107,118 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
-    "nemotron_h": {"n_groups": 1, "mamba_num_heads": 8, "mamba_head_dim": 16},
-    "bamba": {"attn_layer_indices": [1]},
-    "chameleon": {"vocabulary_map": {"<image>": 30}},
-    "chameleon_vqgan": {"base_channels": 32, "latent_channels": 32},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
-    "csm_depth_decoder_model": {"vocab_size": VOCABULARY},
-    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
-    "csm": {"text_vocab_size": VOCABULARY},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": HEADS, "clip_qkv": 8.0}},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
-    "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": WIDTH},
-    "dots1": {"n_shared_experts": 1},
-    "emu3": {"vocabulary_map": {"<image>": 30, "<|extra_200|>": 31}},
-    "emu3_vqgan": {"base_channels": 32, "latent_channels": 4},
-    "esmc": {"vocab_size": VOCABULARY},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "glm5_next_text": {"index_topk": 16},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "janus_vqgan": {"base_channels": 32, "latent_channels": 32},
-    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8, "input_size": IMAGE},
-    "lilt": {"hidden_size": 96, "num_attention_heads": HEADS},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 8},
-    "mimi": {"num_filters": 4},
-    "nemotron": {"num_key_value_heads": HEADS},
-    "perceiver": {"d_latents": WIDTH, "d_model": WIDTH, "num_latents": 16},
+    "radio": {"video_temporal_patch_size": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "axial_pos_embds_dim": [WIDTH // 2, WIDTH // 2],
+        "axial_pos_shape": [5, LENGTH // 5],
+        "attn_layers": ["local", "local"],  # it reseeds torch in every pass, for its hashes and its dropout
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+    },
+    "step3p5": {"sliding_window": 8},
+    "t5gemma2_text": {"dropout_rate": 0.0},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
+    "videoprism_vision_model": {"num_frames": 2},
+    "xclip_vision_model": {"num_frames": 2},
+    "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 2 * WIDTH,
+    },
 }
 
 #: Sub-configurations whose models split the rotary dimensions by time, height and width, and do not say how in their fields.
 MULTIMODAL_ROTARY = {
-    *("glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text"),
-    *("qwen2_5_vl_text", "qwen2_5_omni_text", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text"),
-    *("hunyuan_vl_text", "cohere_compass_text"),
+    *("glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text", "hunyuan_vl_text", "paddleocr_vl_text"),
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"),
 }
 
-# Model classes, in the order of what a user would fine-tune.
+#: Kinds of auto classes, in the order of what a user would fine-tune.
 TASKS = (
-    "FOR_SEQ_TO_SEQ_CAUSAL_LM",
-    "FOR_IMAGE_TEXT_TO_TEXT",
-    "FOR_SPEECH_SEQ_2_SEQ",
-    "FOR_TEXT_TO_WAVEFORM",
-    "FOR_MASKED_LM",
-    "FOR_CAUSAL_LM",
-    "FOR_MULTIMODAL_LM",
-    "FOR_PRETRAINING",
-    "FOR_QUESTION_ANSWERING",
-    "FOR_RETRIEVAL",
-    "",
+    *("FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_IMAGE_TEXT_TO_TEXT", "FOR_SPEECH_SEQ_2_SEQ", "FOR_TEXT_TO_WAVEFORM"),
+    *(
+        "FOR_MASKED_LM",
+        "FOR_CAUSAL_LM",
+        "FOR_MULTIMODAL_LM",
+        "FOR_PRETRAINING",
+        "FOR_QUESTION_ANSWERING",
+        "FOR_RETRIEVAL",
+    ),
+    "",  # the base model
 )
-
 
 #: Model types that cannot be built or called here, and why.
 NOT_BUILT = {
     **dict.fromkeys(
-        ("fast_vlm", "gemma3n", "omdet-turbo", "pe_audio_video", "pe_video", "perception_lm"), "its images need timm"
+        ("fast_vlm", "gemma3n", "omdet-turbo", "pe_audio_video", "pe_video", "perception_lm"), "needs timm"
     ),
-    "layoutlmv2": "needs detectron2",
-    "inkling_mm_model": "needs scipy; its text model is inkling_text",
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts on the keys and values of another model"),
     "higgs_audio_v2_tokenizer": "needs torchaudio",
-    "gemma4_assistant": "a draft model, which runs on the keys and values of another",
-    "gemma4_unified_assistant": "a draft model, which runs on the keys and values of another",
-    "tvp": "its position embeddings take a batch of one video only",
+    "inkling_mm_model": "needs scipy",
+    "layoutlmv2": "needs detectron2",
+    "tvp": "takes a batch of one video only",
     "voxtral_realtime_text": "its auto class does not exist",
 }
 
-#: Model types whose token embedding cannot be told: get_input_embeddings() is not implemented, or returns no module.
+#: Model types whose token embedding cannot be told: none of their parts names one, or it is no module.
 REFUSED = (
-    *("aimv2", "align", "altclip", "canine", "chinese_clip", "clap", "clip", "clipseg", "clvp", "dia", "flava"),
-    *("fastspeech2_conformer", "fastspeech2_conformer_with_hifigan", "grounding-dino", "groupvit", "metaclip_2"),
-    *(
-        "mm-grounding-dino",
-        "nemotron3_5_asr",
-        "nemotron_asr_streaming",
-        "owlv2",
-        "owlvit",
-        "parakeet_rnnt",
-        "parakeet_tdt",
-    ),
-    *("pe_audio", "perceiver", "pp_formulanet", "sam3", "sam3_lite_text", "sam3_lite_text_text_model"),
-    *("vision-text-dual-encoder", "vits", "xclip"),
+    *("canine", "clvp", "dia", "fastspeech2_conformer", "fastspeech2_conformer_with_hifigan", "grounding-dino"),
+    *("groupvit", "mm-grounding-dino", "nemotron3_5_asr", "nemotron_asr_streaming", "owlv2", "owlvit"),
+    *("parakeet_rnnt", "parakeet_tdt", "perceiver", "sam3", "sam3_lite_text", "sam3_lite_text_text_model", "vits"),
 )
 
-#: What these models cannot do without noise either.
-_PARAMETRIZED = "its convolutions are parametrized, which cannot be pickled"
+_TEXT_PART = "only its text part names its embedding"
+_PARAMETRIZED = "parametrized convolutions cannot be pickled"
+#: What these models cannot do without noise either, and why.
 CANNOT: dict[str, dict[str, str]] = {
-    "deepcopy": {"recurrent_gemma": "it keeps the states of its last pass, which are no leaves"},
+    "deepcopy": {"recurrent_gemma": "keeps the states of its last pass, which are no leaves"},
     "pickle": {
-        "colpali": "transformers hooks a local function on it",
+        **dict.fromkeys(("colpali", "pe_audio"), "transformers hooks a local function on it"),
         **dict.fromkeys(("musicgen", "musicgen_melody", "speech-encoder-decoder", "speecht5"), _PARAMETRIZED),
     },
     "resize": {
-        **dict.fromkeys(("encoder-decoder", "speech-encoder-decoder", "musicgen", "musicgen_melody"), "not supported"),
-        **dict.fromkeys(("vision-encoder-decoder", "ibert"), "not supported"),
+        **dict.fromkeys(("encoder-decoder", "musicgen", "musicgen_melody", "speech-encoder-decoder"), "not supported"),
+        **dict.fromkeys(("ibert", "vision-encoder-decoder"), "not supported"),
         **dict.fromkeys(("csm", "kyutai_speech_to_text"), "several codebooks in one table"),
-        "cpmant": "its table also holds the prompts",
+        "cpmant": "its table holds its prompts as well",
         "esm": "its output keeps its size",
+        **dict.fromkeys(("aimv2", "align", "altclip", "chinese_clip", "clap", "clip", "clipseg"), _TEXT_PART),
+        **dict.fromkeys(("flava", "metaclip_2", "pe_audio", "pp_formulanet", "vision-text-dual-encoder"), _TEXT_PART),
+        "xclip": _TEXT_PART,
     },
+    "reload": {"shieldgemma2": "from_pretrained() does not know the names that save_pretrained() gives its weights"},
     "checkpoint": {"pi0": "needs the cache that checkpointing turns off"},
-    "reload": {"shieldgemma2": "outputs differ after saving and loading"},
 }
 
 
 def model_types() -> list[str]:
-    """All model types that are made noisy: those with a class that takes token ids, but NOT_BUILT and REFUSED."""
-    return [
-        each for each in CONFIG_MAPPING_NAMES if each not in {*NOT_BUILT, *REFUSED} and model_class(each) is not None
-    ]
+    """All model types that can be made noisy here."""
+    left_out = {*NOT_BUILT, *REFUSED}
+    return [each for each in CONFIG_MAPPING_NAMES if each not in left_out and model_class(each) is not None]
 
 
 def model_class(model_type: str) -> type[nn.Module] | None:
     """The class that a user would fine-tune; None where the auto classes have none that takes token ids."""
     for task in TASKS:
-        name = getattr(modeling_auto, f"MODEL_{task}_MAPPING_NAMES".replace("__", "_")).get(model_type)
+        name = getattr(modeling_auto, "_".join(filter(None, ("MODEL", task, "MAPPING_NAMES")))).get(model_type)
         if name is not None:
             found = getattr(transformers, name if isinstance(name, str) else name[0])
             return found if any("input_ids" in each for each in inspect.signature(found.forward).parameters) else None
     return None
+
+
+def build(model_type: str) -> nn.Module:
+    """A tiny model in training mode, always the same."""
+    torch.manual_seed(0)
+    model = model_class(model_type)(tiny_config(model_type)).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0  # so that training does not show in evaluation
+    return model
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
@@ -251,15 +226,6 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     config = config_class(**_fields(config_class(), special_tokens={}))
     _split_rotary_dimensions(config)
     return config
-
-
-def build(model_type: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = model_class(model_type)(tiny_config(model_type)).train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0  # what it has seen does not show in evaluation
-    return model
 
 
 def _fields(default: PretrainedConfig, special_tokens: dict[str, int]) -> dict[str, Any]:
@@ -325,124 +291,106 @@ def _split_rotary_dimensions(config: PretrainedConfig) -> None:
     for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
             _split_rotary_dimensions(value)
-    rope = getattr(config, "rope_parameters", None)
-    for each in [rope, *rope.values()] if isinstance(rope, dict) else []:
-        if isinstance(each, dict) and "rope_type" in each and config.model_type in MULTIMODAL_ROTARY:
-            share = each.get("partial_rotary_factor", 1.0)
-            half = int(HEAD_DIM * share) // 2
-            each["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    if config.model_type in MULTIMODAL_ROTARY:
+        rope = config.rope_parameters
+        half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
 def batch(model: nn.Module) -> dict[str, Any]:
-    """Arguments of one training step, of the language part alone where the model allows it."""
+    """Arguments of one training step, of the language part alone where the model allows it. Its first row has padding."""
     parameters = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(1)
     ids, decoder_ids = torch.randint(FIRST_ID, VOCABULARY, (2, BATCH, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, -PADDING:] = 0
     ids = ids * mask
-    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
-    if "input_ids" not in parameters:
-        del given["attention_mask"]  # it would be that of the audio or the image
+    given = {"decoder_input_ids": decoder_ids}
+    if "input_ids" in parameters:  # else a mask would be that of the sound or the image
+        given |= {"input_ids": ids, "attention_mask": mask}
     if re.search("LM|Generation|Seq2Seq", type(model).__name__):
         given["labels"] = decoder_ids if "decoder_input_ids" in parameters else ids.masked_fill(mask == 0, -100)
     given = {name: value for name, value in given.items() if name in parameters}
-    extra = INPUTS.get(model.config.model_type)
-    if extra is not None:
-        given |= extra(model.config)
+    more = INPUTS.get(model.config.model_type, {})
+    given |= more(model.config) if callable(more) else more
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _pixels(config: PretrainedConfig, *shape: int, name: str = "pixel_values") -> dict[str, Any]:
-    shape = shape or (3, IMAGE, IMAGE)
-    return {name: torch.linspace(-1, 1, BATCH * torch.Size(shape).numel()).view(BATCH, *shape)}
+def _numbers(*shape: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, BATCH * math.prod(shape)).view(BATCH, *shape)
 
 
-def _audio(*shape: int, name: str = "input_features") -> Any:
-    return lambda config: _pixels(config, *shape, name=name)
+def _codes(*shape: int) -> torch.Tensor:
+    """Ids in several codebooks."""
+    return torch.arange(math.prod(shape)).view(shape) % 50 + 3
 
 
-def _boxes(config: PretrainedConfig) -> dict[str, Any]:
-    return {"bbox": torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4)}
+_PIXELS = {"pixel_values": _numbers(3, IMAGE, IMAGE)}
+_VIDEO = _numbers(2, 3, IMAGE, IMAGE)
+_FEATURES = {"input_features": _numbers(128, 64)}
+_WAVE = {"input_values": _numbers(4000)}
+_BOXES = torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4)
+_CODEBOOKS = {"decoder_input_ids": _codes(BATCH * 4, LENGTH), "labels": None}
+_NO_LABELS = {"labels": None}
+_QUERY = {"qformer_input_ids": torch.full((BATCH, 5), FIRST_ID)}
 
-
-def _codebooks(count: int, position: int) -> Any:
-    """Ids of several codebooks in parallel."""
-
-    def ids(config: PretrainedConfig) -> dict[str, Any]:
-        shape = [BATCH, LENGTH]
-        shape.insert(position, count)
-        return {"input_ids": torch.arange(BATCH * LENGTH * count).view(shape) % 50 + 3}
-
-    return ids
-
-
-_query = {"qformer_input_ids": torch.full((BATCH, 5), FIRST_ID)}
-
-#: By model type: arguments that a batch of text does not have. None takes one out.
+#: By model type: what a batch of text lacks, or has too much (None); also as a function of the configuration.
 INPUTS: dict[str, Any] = {
-    **dict.fromkeys(("blip", "vilt", "vision-encoder-decoder", "siglip", "git", "bridgetower"), _pixels),
-    "blip-2": lambda config: _pixels(config) | {"decoder_input_ids": None},  # its language model here is an OPT
-    "tvp": lambda config: _pixels(config, 2, 3, 64, 64),
-    "udop": lambda config: {"bbox": _boxes(config)["bbox"] / 10},
-    "molmo2": lambda config: {"mm_token_type_ids": torch.zeros(BATCH, LENGTH, dtype=torch.long)},
-    "pi0": lambda config: {
-        "state": torch.ones(BATCH, config.max_state_dim),
-        "actions": torch.ones(BATCH, config.chunk_size, config.max_action_dim),
-        **_pixels(config, 1, 3, IMAGE, IMAGE),
-        "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool),
-    },
-    "csm": lambda config: _codebooks(32, 2)(config) | {"labels": None},
-    "kyutai_speech_to_text": _codebooks(33, 2),
-    "musicgen": lambda config: {
-        "decoder_input_ids": torch.arange(BATCH * 4 * LENGTH).view(BATCH * 4, LENGTH) % 50 + 3,
-        "labels": None,
-    },
-    "musicgen_melody": lambda config: {
-        "decoder_input_ids": torch.arange(BATCH * 4 * LENGTH).view(BATCH * 4, LENGTH) % 50 + 3,
-        "labels": None,
-    },
-    "siglip2": lambda config: {
-        "pixel_values": torch.ones(BATCH, 4, 768),
-        "pixel_attention_mask": torch.ones(BATCH, 4),
-        "spatial_shapes": torch.tensor([[2, 2]] * BATCH),
-    },
-    **dict.fromkeys(("bros", "lilt"), _boxes),
-    "instructblip": lambda config: {**_pixels(config), **_query, "decoder_input_ids": None},
-    "instructblipvideo": lambda config: {**_pixels(config, 2, 3, IMAGE, IMAGE), **_query, "decoder_input_ids": None},
-    "kosmos-2": lambda config: (
-        _pixels(config)
-        | {"image_embeds_position_mask": (torch.arange(LENGTH) < config.latent_query_num).expand(BATCH, LENGTH)}
+    **dict.fromkeys(("aimv2", "align", "altclip", "blip", "bridgetower", "chinese_clip", "clip", "clipseg"), _PIXELS),
+    **dict.fromkeys(
+        ("git", "metaclip_2", "siglip", "vilt", "vision-encoder-decoder", "vision-text-dual-encoder"), _PIXELS
     ),
-    "idefics": lambda config: (
-        _pixels(config, 1, 3, IMAGE, IMAGE) | {"image_attention_mask": torch.ones(BATCH, LENGTH, 1)}
-    ),
-    "pix2struct": lambda config: {
-        "flattened_patches": torch.ones(BATCH, 6, config.vision_config.patch_embed_hidden_size + 2)
+    "clap": {"input_features": _numbers(1, 1001, 64), "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)},
+    "pe_audio": {"input_values": torch.ones(BATCH, 1, 1920 * 4)},
+    "xclip": {"pixel_values": _VIDEO},
+    **dict.fromkeys(("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speecht5"), _WAVE),
+    **dict.fromkeys(("canary", "cohere_asr"), _FEATURES),
+    **dict.fromkeys(("gradium_phonon_tts", "pocket_tts"), _NO_LABELS),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), _CODEBOOKS),
+    # The language model of these three is an OPT here, which has no encoder.
+    "blip-2": {**_PIXELS, "decoder_input_ids": None},
+    "instructblip": {**_PIXELS, **_QUERY, "decoder_input_ids": None},
+    "instructblipvideo": {"pixel_values": _VIDEO, **_QUERY, "decoder_input_ids": None},
+    "bros": {"bbox": _BOXES},
+    "csm": {"input_ids": _codes(BATCH, LENGTH, 32), "labels": None},
+    "idefics": {"pixel_values": _numbers(1, 3, IMAGE, IMAGE), "image_attention_mask": torch.ones(BATCH, LENGTH, 1)},
+    "kosmos-2": lambda config: {
+        **_PIXELS,
+        "image_embeds_position_mask": (torch.arange(LENGTH) < config.latent_query_num).expand(BATCH, LENGTH),
     },
+    "kyutai_speech_to_text": {"input_ids": _codes(BATCH, LENGTH, 33)},
     "lxmert": lambda config: {
         "visual_feats": torch.ones(BATCH, 3, config.visual_feat_dim),
         "visual_pos": torch.ones(BATCH, 3, config.visual_pos_dim),
         "labels": None,
     },
-    "splinter": lambda config: {
-        name: torch.ones(BATCH, 1, dtype=torch.long)
-        for name in ("question_positions", "start_positions", "end_positions")
+    "molmo2": {"mm_token_type_ids": torch.zeros(BATCH, LENGTH, dtype=torch.long)},
+    "pi0": lambda config: {
+        "state": torch.ones(BATCH, config.max_state_dim),
+        "actions": torch.ones(BATCH, config.chunk_size, config.max_action_dim),
+        "pixel_values": _numbers(1, 3, IMAGE, IMAGE),
+        "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool),
     },
-    **dict.fromkeys(("pocket_tts", "gradium_phonon_tts"), lambda config: {"labels": None}),
-    "videoprism": lambda config: _pixels(config, 2, 3, IMAGE, IMAGE, name="pixel_values_videos"),
-    "whisper": _audio(80, 2 * POSITIONS),
-    "speech_to_text": _audio(64, 80),
-    "moonshine_streaming": _audio(4000, name="input_values"),
-    "moonshine": _audio(4000, name="input_values"),
-    "speecht5": _audio(4000, name="input_values"),
-    "speech-encoder-decoder": _audio(4000, name="input_values"),
-    "canary": _audio(128, 64),
-    "cohere_asr": _audio(128, 64),
-    "voxtral_realtime": _audio(128, 8 * LENGTH),
+    "pix2struct": lambda config: {
+        "flattened_patches": torch.ones(BATCH, 6, config.vision_config.patch_embed_hidden_size + 2)
+    },
+    "pp_formulanet": {**_PIXELS, "input_ids": None, "attention_mask": None},
+    "siglip2": {
+        "pixel_values": torch.ones(BATCH, 4, 768),
+        "pixel_attention_mask": torch.ones(BATCH, 4),
+        "spatial_shapes": torch.tensor([[2, 2]] * BATCH),
+    },
+    "speech_to_text": {"input_features": _numbers(64, 80)},
+    "splinter": dict.fromkeys(
+        ("question_positions", "start_positions", "end_positions"), torch.ones(BATCH, 1, dtype=torch.long)
+    ),
+    "udop": {"bbox": _BOXES / 10},
+    "videoprism": {"pixel_values_videos": _VIDEO},
+    "voxtral_realtime": {"input_features": _numbers(128, 8 * LENGTH)},
+    "whisper": {"input_features": _numbers(80, 2 * POSITIONS)},
 }
 
 
@@ -450,13 +398,8 @@ def floats(output: Any) -> list[torch.Tensor]:
     """All floating-point tensors in a model's output."""
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = output.values()
-    return (
-        [tensor for each in output for tensor in floats(each)]
-        if isinstance(output, (list, tuple, type({}.values())))
-        else []
-    )
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in floats(part)]
 
 
 def loss(output: Any) -> torch.Tensor:
@@ -464,8 +407,5 @@ def loss(output: Any) -> torch.Tensor:
     own = output.get("loss") if isinstance(output, dict) else None
     if own is not None:
         return own
-    return sum(
-        (each.float() * torch.linspace(-1, 1, each.numel()).view_as(each)).mean()
-        for each in floats(output)
-        if each.requires_grad
-    )
+    outputs = (each.float() for each in floats(output) if each.requires_grad)
+    return sum((each * torch.linspace(-1, 1, each.numel()).view_as(each)).mean() for each in outputs)

@@ -17,7 +17,7 @@ from neft_kernels import (
     restore_embeddings,
     set_alpha,
 )
-from neft_kernels.noise import Sequences
+from neft_kernels.sequences import Sequences
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
@@ -333,13 +333,16 @@ def test_modules_built_noisy_are_copied_with_settings_of_their_own():
     assert (describe(model)[0].alpha, describe(twin)[0].alpha) == (2.0, 0.0)
 
 
+def test_of_pictures_and_text_the_text_is_noisy():
+    part = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=part, vision_config=part))
+    assert names(replace_embeddings(clip)) == ["text_model.embeddings.token_embedding"]
+
+
 def test_what_names_no_embedding_is_refused():
-    clip = transformers.CLIPConfig(
-        text_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
-        vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
-    )
-    with pytest.raises(ValueError, match="CLIPModel"):
-        replace_embeddings(transformers.CLIPModel(clip))
+    config = transformers.CanineConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    with pytest.raises(ValueError, match="CanineModel"):
+        replace_embeddings(transformers.CanineModel(config))
 
 
 def test_no_noise_nests_and_survives_errors():
