@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-all test-gpu install bench bench-gpu randomness effect plots lint check-gpu clean
+.PHONY: demo test test-all test-gpu install bench gpu bench-gpu sanitize-gpu randomness effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
@@ -22,18 +22,30 @@ install: $(INSTALLED)  ## everything that the other targets need
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
+	$(BIN)/python benchmarks/training_step.py
 
 # On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	huggingface.py cuda_sources.py gpu.py)
+	layout.py huggingface.py composition.py cuda_sources.py gpu.py)
 
 test-gpu:  ## on a GPU: build both extensions in place, then all tests that such a machine can run
 	NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(GPU_TESTS)
 
-bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py
+SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all --tool
+
+sanitize-gpu:  ## on a GPU, after test-gpu: the kernels under compute-sanitizer: bounds, uninitialised memory, races
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) memcheck $(GPU_PYTHON) tools/sanitize_gpu.py
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) initcheck $(GPU_PYTHON) tools/sanitize_gpu.py
+	PYTHONPATH=. $(SANITIZER) racecheck $(GPU_PYTHON) tools/sanitize_gpu.py
+	PYTHONPATH=. $(SANITIZER) synccheck $(GPU_PYTHON) tools/sanitize_gpu.py
+
+bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl, then draws
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/report_gpu.py
+
+gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show; GPU_BENCH=--quick for fewer shapes
 
 randomness: $(INSTALLED)  ## is the noise random? appends to benchmarks/results/randomness.jsonl; BATTERY=1: dieharder too
 	$(BIN)/python benchmarks/randomness.py
@@ -48,6 +60,7 @@ effect: $(INSTALLED)  ## what the noise does to fine-tuned models, in small; goe
 
 plots: $(INSTALLED)  ## the README's tables, figures and pictures, from the records alone
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report_gpu.py
 	$(BIN)/python benchmarks/report_randomness.py
 	$(BIN)/python benchmarks/effect_report.py
 

@@ -158,6 +158,8 @@ def measure(shape: Shape, distribution: str, ceiling: float, rounds: int, timer:
     modules = training_modules(weight)
     verify(modules, ids[0], weight)
     forward = calls_of(modules, ids, "forward")
+    mask = torch.ones_like(ids[0]).index_fill_(1, torch.arange(shape.tokens * 3 // 4, shape.tokens, device="cuda"), 0)
+    forward["ours, padded batch"] = functools.partial(modules["ours"], ids[0], attention_mask=mask)
     record: dict[str, Any] = {"shape": str(shape), "ids": distribution, "copy_bytes_per_second": ceiling}
     record["forward"] = interleaved(forward, rounds, timer)
     record["backward"] = interleaved(calls_of(modules, ids, "backward"), rounds, timer)

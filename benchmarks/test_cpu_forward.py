@@ -20,8 +20,9 @@ MAIN = [Shape(32000, 4096, 2048, dtype) for dtype in (FP32, BF16, FP16)]
 SHAPES = [
     *MAIN,
     *(Shape(32000, width, 2048, dtype) for width in (1024, 2048) for dtype in (FP32, BF16)),
+    *(Shape(32000, width, 2048, BF16) for width in (256, 512, 8192)),
     *(Shape(32000, 1024, tokens, BF16) for tokens in (128, 512, 8192, 65536)),
-    *(Shape(vocabulary, 1024, 2048, BF16) for vocabulary in (1000, 50272, 128256)),
+    *(Shape(vocabulary, 1024, 2048, BF16) for vocabulary in (1000, 50272, 128256, 256000)),
     Shape(32000, 1024, 128, FP32),
 ]
 VARIANTS = ("plain", "hook", "hook, compiled", "ours", "memcpy")

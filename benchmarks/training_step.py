@@ -22,7 +22,7 @@ from neft_kernels import replace_embeddings
 
 ALPHA = 5.0
 VARIANTS = ("no noise", "Trainer's hook", "neft_kernels")
-MODEL = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2}
+MODEL: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2}
 WARM_UP = 2
 
 

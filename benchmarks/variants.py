@@ -1,5 +1,6 @@
 """What is compared: the plain embedding, NEFTune as transformers does it (eager and compiled), and ours."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -48,6 +49,11 @@ def training_modules(weight: Tensor, compiled: bool = True) -> dict[str, nn.Modu
     if compiled:
         modules["hook, compiled"] = cast(nn.Module, torch.compile(hook))
         modules["rand_like, compiled"] = cast(nn.Module, torch.compile(_RandLike(weight)))
+    if weight.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers.experimental.embedding import LigerEmbedding
+
+        modules["plain, Liger"] = LigerEmbedding(*size)
+        modules["plain, Liger"].weight = nn.Parameter(weight)
     for backend in available_backends():
         if backend.name != "reference" and weight.device.type in set(backend.devices) - set(backend.chosen_for):
             modules[f"ours, {backend.name}"] = NEFTuneEmbedding(
@@ -105,4 +111,6 @@ def verify(modules: Mapping[str, Callable[[Tensor], Tensor]], ids: Tensor, weigh
     bound = magnitude + rows.abs().max().item() * torch.finfo(weight.dtype).eps
     for name, module in modules.items():
         difference = (module(ids) - rows).abs().max().item()
-        assert difference == 0 if name == "plain" else 0 < difference <= bound, f"{name} is off by {difference}"
+        assert difference == 0 if name.startswith("plain") else 0 < difference <= bound, (
+            f"{name} is off by {difference}"
+        )

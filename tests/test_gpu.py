@@ -9,7 +9,7 @@ import torch
 from conftest import equal_bits
 from torch.nn.functional import embedding
 
-from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noisy_embedding
+from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noise_magnitude, noisy_embedding
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +40,26 @@ def test_nothing_waits_for_the_device(backend):
             add_noise(embedding(ids, weight), each, backend=backend).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def padded_and_packed(length=3000):
+    mask = (torch.arange(length) < torch.tensor([[length], [length // 3], [1], [0]])).long()
+    positions = (torch.arange(length) % 700).expand(4, length).contiguous()
+    return {"attention_mask": mask}, {"position_ids": positions}, {"attention_mask": mask, "position_ids": positions}
+
+
+def test_magnitudes_are_those_of_the_cpu_and_nothing_waits():
+    tokens = torch.zeros(4, 3000, dtype=torch.int64)
+    for case in padded_and_packed():
+        on_gpu = {name: value.cuda() for name, value in case.items()}
+        noise_magnitude(tokens.cuda(), 64, 5.0, **on_gpu)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = noise_magnitude(tokens.cuda(), 64, 5.0, **on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(got.cpu(), noise_magnitude(tokens, 64, 5.0, **case))
 
 
 def test_a_replayed_graph_draws_fresh_noise_that_the_generator_decides(backend):
