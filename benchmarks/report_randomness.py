@@ -154,8 +154,9 @@ def about_tests(records: dict[str, Record]) -> str:
         "columns, across tokens and at any shift of both, the two-dimensional spectrum, and what neighbouring seeds, streams "
         f"and steps, and tokens 2^32 apart, have in common. For each element type that is {elements / 1e6:.0f} million "
         f"elements, and {pairs / 1e6:.0f} million pairs of related ones. At a family-wise level "
-        f"of 0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} ({smallest['type']}, {smallest['test']}). The tests can fail. Of the same number on smaller "
-        f"samples of noise that is broken on purpose, these reject: {caught}. They cannot see everything: {uncaught}, a "
+        f"of 0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} "
+        f"({smallest['type']}, {smallest['test']}). The tests can fail. Of the same number on smaller samples of noise that "
+        f"is broken on purpose, these reject: {caught}. They cannot see everything: {uncaught}, a "
         "Philox that keeps its key from round to round, passes; the known answers in the test suite keep that out."
     )
 
@@ -194,8 +195,8 @@ def about_rounding(record: Record) -> str:
         f"fp16 keeps {large_fp16['correlation']:.2f}. **The Hugging Face hook keeps just as much**: over the whole picture "
         f"the correlations differ by at most {apart:.4f}, although it rounds the noise before it adds it. What ours has "
         "ahead is the mean. torch draws the hook's noise from [-m, m), and in bf16 the missing end shows: its mean on this "
-        f"CPU is {min(means['hook']):.4f} m to {max(means['hook']):.4f} m. Ours is within {max(map(abs, means['ours'])):.4f} m of "
-        f"zero, at a standard error of {error:.4f} m. We know of nothing in training that would notice."
+        f"CPU is {min(means['hook']):.4f} m to {max(means['hook']):.4f} m. Ours is within "
+        f"{max(map(abs, means['ours'])):.4f} m of zero, at a standard error of {error:.4f} m. We know of nothing in training that would notice."
     )
 
 
