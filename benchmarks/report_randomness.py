@@ -187,16 +187,18 @@ def about_rounding(record: Record) -> str:
         for name in IMPLEMENTATIONS
     }
     error = (1 / 3 / record["elements"]) ** 0.5
+    hook_mean = f"{min(means['hook']):.4f} m to {max(means['hook']):.4f} m"
+    our_mean = f"{max(map(abs, means['ours'])):.4f} m"
     return (
         "What is left of the noise when the sum is rounded to 16 bits depends on the embeddings. At alpha "
         f"{record['alpha']:g} and 2048 tokens, of bf16 embeddings with a standard deviation of 0.02 {usual['changed']:.0%} of "
         f"the elements change, and what is left correlates with what was meant by {usual['correlation']:.4f}. With a standard "
         f"deviation of 1 and 8192 tokens, {large['changed']:.0%} change and the correlation is {large['correlation']:.2f}; "
         f"fp16 keeps {large_fp16['correlation']:.2f}. **The Hugging Face hook keeps just as much**: over the whole picture "
-        f"the correlations differ by at most {apart:.4f}, although it rounds the noise before it adds it. What ours has "
-        "ahead is the mean. torch draws the hook's noise from [-m, m), and in bf16 the missing end shows: its mean on this "
-        f"CPU is {min(means['hook']):.4f} m to {max(means['hook']):.4f} m. Ours is within "
-        f"{max(map(abs, means['ours'])):.4f} m of zero, at a standard error of {error:.4f} m. We know of nothing in training that would notice."
+        f"the correlations differ by at most {apart:.4f}, although it rounds the noise before it adds it. What ours has ahead "
+        "is the mean. torch draws the hook's noise from [-m, m), and in bf16 the missing end shows: its mean on this CPU is "
+        f"{hook_mean}. Ours is within {our_mean} of zero, at a standard error of {error:.4f} m. We know of nothing in "
+        "training that would notice."
     )
 
 
