@@ -150,17 +150,13 @@ def about_tests(records: dict[str, Record]) -> str:
     uncaught = ", ".join(name for name, record in checks.items() if not record["rejected"])
     return (
         f"`make randomness` puts {len(results)} tests to what the fused op returns, by a "
-        "[plan](benchmarks/randomness_plan.py) that is fixed before it looks: distribution, moments, "
-        "correlation along "
-        "columns, across tokens and at any shift of both, the two-dimensional spectrum, and what neighbouring "
-        "seeds, streams "
-        f"and steps, and tokens 2^32 apart, have in common. For each element type that is {elements / 1e6:.0f} "
-        "million "
+        "[plan](benchmarks/randomness_plan.py) that is fixed before it looks: distribution, moments, correlation along "
+        "columns, across tokens and at any shift of both, the two-dimensional spectrum, and what neighbouring seeds, streams "
+        f"and steps, and tokens 2^32 apart, have in common. For each element type that is {elements / 1e6:.0f} million "
         f"elements, and {pairs / 1e6:.0f} million pairs of related ones. At a family-wise level "
-        f"of 0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} ({smallest['type']}, "
-        f"{smallest['test']}). "
-        f"The tests can fail. Of the same number on smaller samples of noise that is broken on purpose, these "
-        f"reject: {caught}. They cannot see everything: {uncaught}, a "
+        f"of 0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} "
+        f"({smallest['type']}, {smallest['test']}). The tests can fail. Of the same number on smaller samples of noise that "
+        f"is broken on purpose, these reject: {caught}. They cannot see everything: {uncaught}, a "
         "Philox that keeps its key from round to round, passes; the known answers in the test suite keep that out."
     )
 
@@ -171,12 +167,10 @@ def about_battery(record: Record) -> str:
     others = [test for test in record["tests"] if test["verdict"] != "PASSED"]
     named = ", ".join(f"{test['test']} {test['ntuple']} {test['p']:.6f}" for test in others)
     return (
-        f"dieharder {record['version']} (`{record['command']}`) read {record['bytes'] / 1e9:.0f} GB of the raw "
-        "words, in the "
-        f"order in which bf16 training steps of width 4096 take them: of {len(verdicts)} p-values "
-        f"{count['PASSED']} passed, "
-        f"{count['WEAK']} are weak and {count['FAILED']} failed. One in a hundred must be weak, below 0.005 or "
-        "above 0.995" + (f"; here: {named}." if named else ".")
+        f"dieharder {record['version']} (`{record['command']}`) read {record['bytes'] / 1e9:.0f} GB of the raw words, in the "
+        f"order in which bf16 training steps of width 4096 take them: of {len(verdicts)} p-values {count['PASSED']} passed, "
+        f"{count['WEAK']} are weak and {count['FAILED']} failed. One in a hundred must be weak, below 0.005 or above 0.995"
+        + (f"; here: {named}." if named else ".")
     )
 
 
@@ -193,23 +187,18 @@ def about_rounding(record: Record) -> str:
         for name in IMPLEMENTATIONS
     }
     error = (1 / 3 / record["elements"]) ** 0.5
+    hook_mean = f"{min(means['hook']):.4f} m to {max(means['hook']):.4f} m"
+    our_mean = f"{max(map(abs, means['ours'])):.4f} m"
     return (
         "What is left of the noise when the sum is rounded to 16 bits depends on the embeddings. At alpha "
-        f"{record['alpha']:g} and 2048 tokens, of bf16 embeddings with a standard deviation of 0.02 "
-        f"{usual['changed']:.0%} of "
-        f"the elements change, and what is left correlates with what was meant by {usual['correlation']:.4f}. "
-        "With a standard "
-        f"deviation of 1 and 8192 tokens, {large['changed']:.0%} change and the correlation is "
-        f"{large['correlation']:.2f}; "
-        f"fp16 keeps {large_fp16['correlation']:.2f}. **The Hugging Face hook keeps just as much**: over the "
-        "whole picture "
-        f"the correlations differ by at most {apart:.4f}, although it rounds the noise before it adds it. What "
-        "ours has "
-        "ahead is the mean. torch draws the hook's noise from [-m, m), and in bf16 the missing end shows: its "
-        "mean on this "
-        f"CPU is {min(means['hook']):.4f} m to {max(means['hook']):.4f} m. Ours is within "
-        f"{max(map(abs, means['ours'])):.4f} m of zero, at a standard error of {error:.4f} m. We know of "
-        "nothing in training that would notice."
+        f"{record['alpha']:g} and 2048 tokens, of bf16 embeddings with a standard deviation of 0.02 {usual['changed']:.0%} of "
+        f"the elements change, and what is left correlates with what was meant by {usual['correlation']:.4f}. With a standard "
+        f"deviation of 1 and 8192 tokens, {large['changed']:.0%} change and the correlation is {large['correlation']:.2f}; "
+        f"fp16 keeps {large_fp16['correlation']:.2f}. **The Hugging Face hook keeps just as much**: over the whole picture "
+        f"the correlations differ by at most {apart:.4f}, although it rounds the noise before it adds it. What ours has ahead "
+        "is the mean. torch draws the hook's noise from [-m, m), and in bf16 the missing end shows: its mean on this CPU is "
+        f"{hook_mean}. Ours is within {our_mean} of zero, at a standard error of {error:.4f} m. We know of nothing in "
+        "training that would notice."
     )
 
 

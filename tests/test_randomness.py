@@ -180,10 +180,10 @@ def test_holm():
 
 
 def test_correlations_at_every_shift():
-    a, b = torch.randn(2, 6, 10, dtype=torch.float64)
-    shifts = uniformity.correlations([(a, b), (b, a)])
+    a, b, c, d = torch.randn(4, 6, 10, dtype=torch.float64)
+    shifts = uniformity.correlations([(a, b), (c, d)])
     for i, j in ((0, 0), (1, 0), (0, 3), (5, 9)):
-        pooled = (a * b.roll((-i, -j), (0, 1))).sum() + (b * a.roll((-i, -j), (0, 1))).sum()
+        pooled = (a * b.roll((-i, -j), (0, 1))).sum() + (c * d.roll((-i, -j), (0, 1))).sum()
         assert shifts[i, j] == pytest.approx(float(pooled) / 120**0.5)
 
 
