@@ -106,6 +106,22 @@ def test_a_number_stays_a_number_where_one_holds_for_all():
     assert lay_out(0.5, SQUARE, SQUARE.clone(), 9.0) == 0.5
 
 
+class Swallows(Look):
+    """Takes a mask and does not pass it on to what looks the ids up, as RWKV does."""
+
+    def __init__(self):
+        super().__init__(lambda ids: ids)
+        self.inner = Look(self.make)
+        self.embedding = self.inner.embedding
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids)
+
+
+def test_a_mask_that_is_not_passed_on_counts():
+    assert torch.equal(bounds(Swallows(), lambda ids: ids, GIVEN, MASK), magnitudes(GIVEN, MASK))
+
+
 @pytest.mark.parametrize("length", [7, 4])
 def test_xlnet_also_with_as_many_sequences_as_tokens(length):
     config = transformers.XLNetConfig(vocab_size=50, d_model=WIDTH, n_layer=1, n_head=2, d_inner=16)
