@@ -3,7 +3,6 @@
 python benchmarks/report.py
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from records import load
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -34,8 +34,7 @@ LABELS = {
 
 def newest(name: str) -> dict[str, dict[str, Any]]:
     """The newest record of each shape."""
-    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
-    return {record["shape"]: record for record in map(json.loads, lines)}
+    return {record["shape"]: record for record in load(name)}
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
@@ -59,30 +58,91 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         "repeats them, [the records](benchmarks/results/cpu_forward.jsonl) hold the spread. Outputs of 32 MB and more are "
         "faster than plain ones because they ask the kernel for huge pages."
     )
-    rows += ["", "![Time of one forward pass by number of tokens](benchmarks/results/cpu_forward.png)"]
+    rows[-1] = " ".join([rows[-1], *elsewhere(any_record["device"])])
+    rows += ["", "![Time of one forward pass by tokens, width and vocabulary](benchmarks/results/cpu_forward.png)"]
     return "\n".join(rows)
 
 
+def elsewhere(device: str) -> list[str]:
+    """A sentence for each other device that has records: its newest ratios on the shapes of the goals."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in load("cpu_forward"):
+        if record["device"] != device:
+            found.setdefault(record["device"], {})[record["shape"]] = record
+    sentences = []
+    for other, records in found.items():
+        ratios = []
+        for shape in IN_TABLE[:3]:
+            median = {name: values[1] for name, values in records[shape]["milliseconds"].items()}
+            ratios.append(
+                f"{median['ours'] / median['plain']:.2f} and {median['hook'] / median['ours']:.1f} in {shape.split(', ')[-1]}"
+            )
+        sentences.append(f"On {other} the last two columns are, for 2048 x 4096 tokens, {', '.join(ratios)}.")
+    return sentences
+
+
+def passes_table() -> str:
+    """The table of what is no plain forward."""
+    newest_of = {(record["shape"], record["passes"]): record for record in load("cpu_passes")}
+    rows = ["| | plain | **ours** | hook | ours / plain | hook / ours |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for (shape, passes), record in newest_of.items():
+        median = {name: values[1] for name, values in record["milliseconds"].items()}
+        rows.append(
+            f"| {passes}; {shape} | {median['plain']:.3g} | **{median['ours']:.3g}** | {median['hook']:.3g} | "
+            f"{median['ours'] / median['plain']:.2f} | {median['hook'] / median['ours']:.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def step_sentence() -> str:
+    """The embedding's share of a training step."""
+    record = load("training_step")[-1]
+    shares = {
+        name: record["embedding_milliseconds"][name][1] / record["step_milliseconds"][name][1]
+        for name in record["step_milliseconds"]
+    }
+    model, (batch, tokens) = record["model"], record["batch"]
+    look_up = record["embedding_milliseconds"]
+    return (
+        f"In a step of the real Trainer (Llama of width {model['hidden_size']}, {model['num_hidden_layers']} layers, "
+        f"{batch} x {tokens} padded tokens, float32) the embedding takes "
+        + ", ".join(f"{look_up[name][1]:.3g} ms or {share:.2%} with {name}" for name, share in shares.items())
+        + f"; medians of {record['steps']} steps, masks and all of ours included."
+    )
+
+
 def plot(records: dict[str, dict[str, Any]], to: Path) -> None:
-    """Time against tokens, for a table of width 1024 in bfloat16."""
-    shapes = [shape for shape in records if shape.startswith("32000 x 1024") and shape.endswith("bfloat16")]
-    tokens = {shape: int(shape.split(", ")[1].split()[0]) for shape in shapes}
-    shapes.sort(key=tokens.__getitem__)
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), dpi=160)
-    for name in ("hook", "hook, compiled", "ours", "plain"):
-        low, middle, high = zip(*(records[shape]["milliseconds"][name] for shape in shapes), strict=True)
-        xs = [tokens[shape] for shape in shapes]
-        axes.plot(xs, middle, marker="o", markersize=4, color=COLOURS[name], label=LABELS[name], linewidth=1.8)
-        axes.fill_between(xs, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks([tokens[shape] for shape in shapes], [str(tokens[shape]) for shape in shapes])
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("milliseconds, median and quartiles")
-    axes.set_title(f"One forward pass in training, width 1024, bfloat16\n{records[shapes[0]]['device']}", fontsize=10)
-    axes.grid(visible=True, which="major", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    """How the time of a bfloat16 forward grows with the tokens, the width and the vocabulary."""
+
+    def sizes(shape: str) -> tuple[int, int, int]:
+        table, tokens, _ = shape.split(", ")
+        vocabulary, width = table.split(" x ")
+        return int(tokens.split()[0]), int(width), int(vocabulary)
+
+    base = (2048, 1024, 32000)
+    by_sizes = {sizes(shape): record for shape, record in records.items() if shape.endswith("bfloat16")}
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), dpi=160, sharey=True)
+    titles = ("tokens (width 1024)", "width (2048 tokens)", "vocabulary (width 1024, 2048 tokens)")
+    for axis, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        others = [other for other in range(3) if other != axis]
+        series = sorted(key for key in by_sizes if all(key[other] == base[other] for other in others))
+        xs = [key[axis] for key in series]
+        for name in ("hook", "hook, compiled", "ours", "plain"):
+            low, middle, high = zip(*(by_sizes[key]["milliseconds"][name] for key in series), strict=True)
+            axes.plot(xs, middle, marker="o", markersize=4, color=COLOURS[name], label=LABELS[name], linewidth=1.8)
+            axes.fill_between(xs, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(xs, [f"{x // 1000}k" if x >= 10_000 else str(x) for x in xs])
+        axes.set_xlabel(title)
+        axes.grid(visible=True, which="major", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("milliseconds, median and quartiles")
+    panels[0].legend(frameon=False, fontsize=9)
+    device = records[IN_TABLE[0]]["device"]
+    figure.suptitle(
+        f"One forward pass in training, bfloat16, vocabulary 32000 where not said otherwise — {device}", fontsize=10
+    )
     figure.tight_layout()
     figure.savefig(to)
 
@@ -101,6 +161,7 @@ def main() -> None:
     records = newest("cpu_forward")
     plot(records, RESULTS / "cpu_forward.png")
     write_section(README, "measured", table(records))
+    write_section(README, "passes", f"{passes_table()}\n\nMilliseconds, as above. {step_sentence()}")
 
 
 if __name__ == "__main__":
