@@ -163,9 +163,11 @@ def test_bad_sequence_groups():
     """The message names the argument, what was expected and what came; the model stays as it was."""
     model = nn.Sequential(nn.Embedding(5, 4))
     squares = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "cp"))
-    with pytest.raises(TypeError, match=r"sequence_group must be a ProcessGroup or a DeviceMesh of one dimension, not .*dp"):
+    with pytest.raises(
+        TypeError, match=r"sequence_group must be a ProcessGroup or a DeviceMesh of one dimension, not .*dp"
+    ):
         replace_embeddings(model, sequence_group=squares)
-    with pytest.raises(TypeError, match="sequence_group must be .*, not 'cp'"):
+    with pytest.raises(TypeError, match=r"sequence_group must be .*, not 'cp'"):
         NEFTuneEmbedding(5, 4, sequence_group="cp")
     with pytest.raises(ValueError, match="sequence_layout must be one of contiguous, head_tail, not 'zigzag'"):
         replace_embeddings(model, sequence_group=squares["cp"], sequence_layout="zigzag")

@@ -20,9 +20,7 @@ def sharded(batch):
     part = {name: value.clone() for name, value in batch.items()}
     places = torch.arange(length).expand(rows, length).clone()
     buffers = [*part.values(), places]
-    with context_parallel(
-        mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
-    ):
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)):
         pass
     return part, places
 

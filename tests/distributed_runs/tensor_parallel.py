@@ -9,12 +9,10 @@ from common import (
     SEED,
     Lookup,
     batches,
-   
     draw_differently,
     gemma_config,
     llama,
     of_one_process,
-   
     summed,
     upstream,
 )

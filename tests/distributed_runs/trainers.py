@@ -117,7 +117,9 @@ def accelerate_with_ddp():
 def accelerate_with_fsdp2():
     for replace_first in (True, False):
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
         accelerator = Accelerator(cpu=True)
         # Without an accelerator accelerate ignores the plugin, though what it does with it runs on CPUs.
