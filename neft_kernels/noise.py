@@ -213,6 +213,8 @@ class Noise:
     #: The magnitude of the last forward pass that had noise, and why it was not what was asked for.
     last_magnitude: float | Tensor | None = None
     note: str = ""
+    #: Whether the table was spread over ranks in that pass, and not merely between passes, as FSDP has it.
+    table_was_spread: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_magnitude": None}
