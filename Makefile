@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: demo test test-all test-gpu install bench gpu bench-gpu sanitize-gpu randomness effect plots lint check-gpu clean
+.PHONY: demo test test-all test-deepspeed test-gpu install bench gpu bench-gpu sanitize-gpu randomness effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
@@ -17,6 +17,11 @@ test: $(INSTALLED)  ## the test suite; of the architectures of transformers a sa
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
 	$(BIN)/python -m pytest --numprocesses 2 --all-architectures
+
+test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs DeepSpeed, which comes as source only
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt deepspeed
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 \
+		tests/distributed_runs/run.py . zero3
 
 install: $(INSTALLED)  ## everything that the other targets need
 

@@ -104,6 +104,8 @@ class NEFTuneEmbedding(nn.Embedding):
         if noise is None or input.ndim == 0 or noise.state(self) != "on":
             return super().forward(input)
         weight = self.weight
+        if not torch.compiler.is_compiling():
+            noise.table_was_spread = is_dtensor(weight)
         if is_dtensor(weight):
             tokens = input.full_tensor() if is_dtensor(input) else input  # type: ignore[attr-defined]
             groups = tensor_parallel_groups(self)

@@ -114,6 +114,8 @@ class Noise:
     note: str = ""
     #: What the model's noise leaves out, whatever the batch.
     standing_note: str = ""
+    #: Whether the table was spread over ranks in that pass, and not merely between passes, as FSDP has it.
+    table_was_spread: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_magnitude": None}

@@ -76,7 +76,7 @@ def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
     return EmbeddingReport(
         name=name or "(the model itself)",
         module=type(module).__name__,
-        strategy="fused" if isinstance(module, NEFTuneEmbedding) and not is_dtensor(module.weight) else "add_noise",
+        strategy="fused" if _is_fused(module, noise) else "add_noise",
         alpha=settings.current_alpha(),
         scale_by=settings.scale_by,
         noise_on=settings.noise_on,
@@ -86,3 +86,9 @@ def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
         last_magnitude=noise.bounds(),
         note="; ".join(filter(None, (noise.standing_note, noise.note))),
     )
+
+
+def _is_fused(module: nn.Module, noise: Noise) -> bool:
+    if not isinstance(module, NEFTuneEmbedding):
+        return False
+    return not (is_dtensor(module.weight) if noise.table_was_spread is None else noise.table_was_spread)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from neft_kernels import NEFTuneCallback, NEFTuneEmbedding, noise_magnitude, noisy_embedding, replace_embeddings
 
 PROGRAMS = Path(__file__).parent / "distributed_runs"
-TIME_LIMIT = 300  # seconds; what hangs fails
+TIME_LIMIT = 600  # seconds; what hangs fails
 
 
 def launch(processes, program, *args):
@@ -27,16 +27,20 @@ def launch(processes, program, *args):
     path = os.pathsep.join(filter(None, (str(PROGRAMS.parent.parent), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*torchrun, PROGRAMS / program, *map(str, args)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIME_LIMIT,
-        check=False,
     )
-    return done.stdout, done.returncode
+    try:
+        output, _ = process.communicate(timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends the others
+        output, _ = process.communicate()
+        pytest.fail(f"not done after {TIME_LIMIT} seconds:\n{output}")
+    return output, process.returncode
 
 
 def passed(output, status):

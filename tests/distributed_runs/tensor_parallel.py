@@ -62,7 +62,8 @@ def tables_of_torch():
         case = (scaled, cls, layout, local, replace_first)
         assert torch.equal(got, want), case
         assert torch.equal(model.embed.weight.grad.full_tensor(), want_gradient), case
-        assert str(describe(model)).count("noise on;") == 1
+        (report,) = describe(model)
+        assert (report.state, report.strategy) == ("on", "add_noise")
 
 
 def tables_of_transformers():
@@ -177,6 +178,8 @@ def sharding_of_fsdp_is_no_tensor_parallelism():
                 fully_shard(model, mp_policy=policy)
         torch.manual_seed(SEED)
         assert torch.equal(model(**BATCH), want), (scaled, order, where, policy)
+        fused = not scaled and order == "replace shard"
+        assert describe(model)[0].strategy == ("fused" if fused else "add_noise")
 
 
 def replicas_draw_the_stream_of_their_rank():

@@ -26,7 +26,7 @@ STEPS = 20
 CHECKPOINT = Path(sys.argv[1]) / "checkpoint"
 
 
-def batch(step, replica):
+def training_batch(step, replica):
     """Two rows, the second of them padded on the right, of the same tokens in each step of the same name."""
     tokens = ids(2, 10, seed=100 * step + replica)
     mask = torch.ones_like(tokens)
@@ -39,7 +39,7 @@ def trained(model, optimizer, steps=range(STEPS)):
     losses = []
     for step in steps:
         torch.manual_seed(step)  # all replicas alike
-        loss = model(**batch(step, rank)).loss
+        loss = model(**training_batch(step, rank)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -59,7 +59,7 @@ def trained_by_one_process(model, dtype=torch.float32):
                 parameter.data = parameter.data.to(dtype)
             replace_embeddings(twin, stream=replica)
             torch.manual_seed(step)
-            loss = twin(**batch(step, replica)).loss
+            loss = twin(**training_batch(step, replica)).loss
             loss.backward()
             gradients.append([parameter.grad for parameter in twin.parameters()])
             if replica == rank:
@@ -121,7 +121,7 @@ def noise_needs_no_memory_of_its_own():
             trained(model, optimizer, range(1, 2))
         peaks[noisy] = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert peaks[False] > sum(parameter.to_local().nbytes for parameter in model.parameters())
-    assert peaks[True] <= peaks[False] + 4 * batch(0, 0)["input_ids"].numel(), peaks
+    assert peaks[True] <= peaks[False] + 4 * training_batch(0, 0)["input_ids"].numel(), peaks
 
 
 def copies_of_wrapped_models():
@@ -133,7 +133,7 @@ def copies_of_wrapped_models():
     losses = []
     for model in (twin, reference, wrapped):
         torch.manual_seed(0)
-        losses.append(model(**batch(0, rank)).loss.item())
+        losses.append(model(**training_batch(0, rank)).loss.item())
     assert losses[0] == losses[1] != losses[2]
     for model in (llama(), replace_embeddings(llama())):
         with pytest.raises(AssertionError, match="FSDP does not support deepcopy"):
@@ -163,7 +163,7 @@ def resume():
     assert_equal_weights(model.state_dict(), reference)
     replace_embeddings(reference, stream=rank)
     torch.manual_seed(3)
-    want = reference(**batch(3, rank)).loss.item()
+    want = reference(**training_batch(3, rank)).loss.item()
     assert trained(model, optimizer, range(3, 4)) == [want]
     assert [report.state for report in describe(model)] == ["on"]
     assert model.model.embed_tokens.num_embeddings == VOCAB
