@@ -112,6 +112,8 @@ class Noise:
     #: The magnitude of the last forward pass that had noise, and why it was not what was asked for.
     last_magnitude: float | Tensor | None = None
     note: str = ""
+    #: What the last pass told of its sequences, by name.
+    told: frozenset[str] = frozenset()
     #: What the model's noise leaves out, whatever the batch.
     standing_note: str = ""
     #: Whether the table was spread over ranks in that pass, and not merely between passes, as FSDP has it.
@@ -201,19 +203,22 @@ class Noise:
 
     def _sequences_of_pass(self, ids: Tensor, part: Part | None) -> tuple[Tensor, dict[str, Tensor], str]:
         """The ids that the model was given, what its pass says of them, and a note on what cannot be used."""
-        passes = self.settings.passes
-        sequences = passes.sequences
-        if sequences is NO_SEQUENCES:
-            if is_recomputed() and passes.have_told:
+        sequences = self.settings.passes.sequences
+        tokens, note = ids, ""
+        telling: dict[str, Tensor] = {}
+        if sequences is not NO_SEQUENCES:
+            given = sequences.input_ids
+            if given is not None and part is None and may_be_laid_out(given, ids):
+                tokens = given
+            telling, note = sequences.telling(tokens, tokens.shape[-1] if part is None else part.length)
+        if is_recomputed():
+            if missing := self.told - telling.keys():
                 raise RuntimeError(
-                    "a checkpointed region that holds the embedding is recomputed outside of the module that got the masks; "
-                    "give them to a module inside the region"
+                    "a checkpointed region that holds the embedding is recomputed outside of the module that got "
+                    f"{', '.join(sorted(missing))}; give them to a module inside the region"
                 )
-            return ids, {}, ""
-        given = sequences.input_ids
-        tokens = given if given is not None and part is None and may_be_laid_out(given, ids) else ids
-        telling, note = sequences.telling(tokens, tokens.shape[-1] if part is None else part.length)
-        passes.have_told = bool(telling)
+        elif not torch.compiler.is_compiling():
+            self.told = frozenset(telling)
         return tokens, telling, note
 
     def _magnitude(self, tokens: Tensor, embedding_dim: int, sequences: dict[str, Tensor]) -> float | Tensor:

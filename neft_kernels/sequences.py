@@ -87,8 +87,6 @@ class Passes:
         self._of_thread: dict[int, _Pass] = {}
         # Of the last one that began, in whatever thread: a compiled graph cannot tell threads apart.
         self._last: _Pass | None = None
-        #: Whether the last pass told of its sequences.
-        self.have_told = False
 
     @property
     def sequences(self) -> Sequences:
