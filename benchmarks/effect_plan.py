@@ -1,6 +1,6 @@
 """The settings of the experiment on NEFTune's effect: presets, conditions, and the list of runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: How the documents of an update are laid out: a padded row each, or all in one row, with positions that start anew.
 PADDED, PACKED = "padded", "packed"
@@ -35,7 +35,7 @@ class Preset:
     loss_pairs: int  # at most so many, of the held-out and of the training pairs
     answered_pairs: int  # at most so many held-out questions are answered
     answer_tokens: int  # at most
-    alphas: tuple[int, ...]
+    alphas: tuple[float, ...]
     seeds: tuple[int, ...]
 
 
@@ -118,13 +118,20 @@ PRESETS = {
 }
 
 
+#: The same as "small" in everything that its runs share, alpha 0 among them. Added after the outcomes of "small" were known.
+PRESETS["weaker"] = replace(PRESETS["small"], name="weaker", alphas=(0, 0.5, 1, 2))
+
+ALL_ARMS = ((PADDED, OURS), (PACKED, OURS), (PACKED, HOOK))
+ARMS_OF = {"weaker": ((PADDED, OURS),)}
+
+
 @dataclass(frozen=True)
 class Run:
     """One fine-tuning run."""
 
     layout: str
     noise_by: str
-    alpha: int
+    alpha: float
     seed: int
 
 
@@ -133,7 +140,7 @@ def runs(preset: Preset) -> list[Run]:
     return [
         Run(layout, noise_by, alpha, seed)
         for seed in preset.seeds
-        for layout, noise_by in ((PADDED, OURS), (PACKED, OURS), (PACKED, HOOK))
+        for layout, noise_by in ARMS_OF.get(preset.name, ALL_ARMS)
         for alpha in preset.alphas
         if alpha or noise_by == OURS
     ]

@@ -4,6 +4,7 @@ python benchmarks/effect_report.py [--preset gpu]
 """
 
 import argparse
+import math
 import statistics
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import records
 from effect_intervals import Interval, holm, paired_interval
-from effect_plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run
+from effect_plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
 from report import README, write_section
 
 NAME = "effect"
@@ -61,6 +62,7 @@ ARMS = (
     Arm("packed", PACKED, OURS, "#2a9d8f"),
     Arm("packed with the hook", PACKED, HOOK, "#d1495b"),
 )
+LARGE_WIDTH, LARGE_TOKENS = 4096, 512  # such as a model has that the paper is about
 RIGHT_LENGTH, WRONG_LENGTH = ARMS[1:]
 
 
@@ -76,15 +78,20 @@ class Results:
     """The newest experiment of a preset: all its runs have the settings and the pretrained weights of its last one."""
 
     def __init__(self, preset: str) -> None:
-        of_preset = [record for record in records.load(NAME) if record["preset"] == preset]
-        tuned = [record for record in of_preset if record["stage"] == "fine-tuning"]
-        if not tuned:
+        found = records.load(NAME)
+        tuned = [record for record in found if record["stage"] == "fine-tuning"]
+        newest = [record for record in tuned if record["preset"] == preset]
+        if not newest:
             raise SystemExit(f"no run of preset {preset!r} in the records yet: make effect")
-        self.settings = _shared(tuned[-1])
-        self.runs = {_run(record): record for record in tuned if _shared(record) == self.settings}
+        self.settings = _shared(newest[-1])
+        # Presets that differ in their alphas alone share their runs.
+        wanted = set(runs(PRESETS[preset]))
+        self.runs = {
+            _run(record): record for record in tuned if _shared(record) == self.settings and _run(record) in wanted
+        }
         self.pretraining = next(
             record
-            for record in reversed(of_preset)
+            for record in reversed(found)
             if record["stage"] == "pretraining" and record["start"] == self.settings["start"]
         )
         self.alphas = sorted({run.alpha for run in self.runs} - {0})
@@ -97,13 +104,13 @@ class Results:
         if len(self.seeds) < 2:
             raise SystemExit(f"preset {preset!r}: intervals need two seeds with all conditions, there are {self.seeds}")
 
-    def values(self, arm: Arm, alpha: int, outcome: Outcome) -> list[float]:
+    def values(self, arm: Arm, alpha: float, outcome: Outcome) -> list[float]:
         """By seed; the hook's alpha 0 is that of its layout."""
         noise_by = arm.noise_by if alpha else OURS
         found = [self.runs[Run(arm.layout, noise_by, alpha, seed)] for seed in self.seeds]
         return [outcome.factor * record["outcomes"][outcome.key] for record in found]
 
-    def effects(self, arm: Arm, outcome: Outcome, control: Arm | None = None) -> dict[int, Effect]:
+    def effects(self, arm: Arm, outcome: Outcome, control: Arm | None = None) -> dict[float, Effect]:
         """By alpha: against alpha 0 of the same arm, or against `control` at the same alpha."""
         intervals = [
             paired_interval(
@@ -118,7 +125,7 @@ class Results:
             shown = [not interval.contains_zero for interval in intervals]
         return dict(zip(self.alphas, map(Effect, intervals, shown), strict=True))
 
-    def noise_ratio(self, arm: Arm, alpha: int) -> float:
+    def noise_ratio(self, arm: Arm, alpha: float) -> float:
         """Root mean square of the noise over that of the embeddings, in the first update; mean over the seeds."""
         firsts = [self.runs[Run(arm.layout, arm.noise_by, alpha, seed)]["first_update"] for seed in self.seeds]
         return statistics.fmean(first["noise_rms"] / first["embedding_rms"] for first in firsts)
@@ -133,13 +140,18 @@ def _shared(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record["settings"].items() if key not in of_run}
 
 
+def has_runs(preset: str) -> bool:
+    """Whether the records have any of this preset's own."""
+    return any(record["preset"] == preset for record in records.load(NAME))
+
+
 def signed(interval: Interval, outcome: Outcome) -> str:
     """The difference and the half-width of its interval."""
     sign = MINUS if interval.mean < 0 else "+"
     return f"{sign}{abs(interval.mean):.{outcome.digits}f} ± {interval.half_width:.{outcome.digits}f}"
 
 
-def verdict(effects: dict[int, Effect]) -> str:
+def verdict(effects: dict[float, Effect]) -> str:
     """In words, by alpha, what the intervals allow to say."""
     directions: dict[str, list[str]] = {}
     for alpha, effect in effects.items():
@@ -182,6 +194,39 @@ def _against(effect: Effect) -> str:
     return "the right length is better" if effect.interval.mean < 0 else "the hook's is better"
 
 
+def how_strong(results: Results) -> str:
+    """A line: the noise against the embeddings, here and in a large model."""
+    alpha = results.alphas[0]
+    first = results.runs[Run(PADDED, OURS, alpha, results.seeds[0])]["first_update"]
+    of_large = 1 / math.sqrt(3 * LARGE_TOKENS * LARGE_WIDTH)  # of a uniform at alpha 1
+    return (
+        f"- **How strong the noise is**: at alpha {alpha} its root mean square is {results.noise_ratio(ARMS[0], alpha):.2f} "
+        f"of the embeddings'. The same alpha on {LARGE_TOKENS} tokens of width {LARGE_WIDTH} is noise "
+        f"{first['right_rms_per_alpha'] / of_large:.0f} times weaker. So this is what too much noise does, and says little "
+        "about models of that size."
+    )
+
+
+def afterwards(results: Results) -> str:
+    """A paragraph on weaker noise, which was tried when the rest was known."""
+    arm = ARMS[0]
+    ratios = [f"{results.noise_ratio(arm, alpha):.2f}" for alpha in results.alphas]
+    outcomes = []
+    for outcome in OUTCOMES:
+        effects = results.effects(arm, outcome)
+        values = ", ".join(
+            f"**{signed(each.interval, outcome)}**" if each.is_shown else signed(each.interval, outcome)
+            for each in effects.values()
+        )
+        outcomes.append(f"{outcome.title} {values}")
+    alphas = _list([str(alpha) for alpha in results.alphas])
+    return (
+        f"Weaker noise was tried afterwards, so this explores and decides nothing: padded, alpha {alphas}, noise "
+        f"{_list(ratios)} of the embeddings, the same {len(results.seeds)} seeds. Differences to alpha 0 in this order, "
+        f"bold where the rule above would call them an effect: {'; '.join(outcomes)}."
+    )
+
+
 def table(results: Results) -> str:
     """Means at alpha 0, and differences to them, bold where they are an effect."""
     rows = [
@@ -218,6 +263,8 @@ def section(results: Results, preset: str) -> str:
             "Holm's correction.",
             "",
             findings(results),
+            how_strong(results),
+            *(["", afterwards(Results("weaker"))] if preset == "small" and has_runs("weaker") else []),
             "",
             "<details><summary>All differences, with 95 % intervals</summary>",
             "",
