@@ -55,8 +55,8 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     rows.append(
         f"Milliseconds, medians of interleaved runs; {any_record['device']}, {any_record['threads']} threads, torch "
         f"{any_record['torch']}, commit {any_record['commit']}. Verified bit for bit before they were timed; `make bench` "
-        "repeats them, [the records](benchmarks/results/cpu_forward.jsonl) hold the spread. Outputs of 32 MB and more are "
-        "faster than plain ones because they ask the kernel for huge pages."
+        "repeats them, [the records](benchmarks/results/cpu_forward.jsonl) hold the spread. Outputs of 32 MB and more ask "
+        "the kernel for huge pages: where it has some to give, they are faster than plain ones."
     )
     rows[-1] = " ".join([rows[-1], *elsewhere(any_record["device"])])
     rows += ["", "![Time of one forward pass by tokens, width and vocabulary](benchmarks/results/cpu_forward.png)"]
