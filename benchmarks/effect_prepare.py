@@ -52,7 +52,7 @@ def prepare(preset: Preset, cache: Path, stdlib: Path | None = None) -> Prepared
     shared = {key: value for key, value in asdict(preset).items() if key not in NOT_SHARED}
     texts = [[pair.answer for pair in train_pairs], [pair.answer for pair in held_out_pairs], sources]
     key = hashlib.sha256(json.dumps([shared, texts]).encode()).hexdigest()[:12]
-    folder = cache / f"{preset.name}-{key}"
+    folder = cache / key  # presets that differ in nothing else share it
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-unfinished-", dir=cache))
