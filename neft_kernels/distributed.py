@@ -44,7 +44,8 @@ def stream_of_replica(groups: "Sequence[ProcessGroup]") -> int:
     if not distributed_is_on():
         return 0
     rank = torch.distributed.get_rank()
-    return rank - sum(rank - min(torch.distributed.get_process_group_ranks(group)) for group in groups)
+    distinct = {group.group_name: group for group in groups}.values()
+    return rank - sum(rank - min(torch.distributed.get_process_group_ranks(group)) for group in distinct)
 
 
 def shared_seed(seed: Tensor, groups: "Sequence[ProcessGroup]") -> Tensor:
@@ -120,7 +121,7 @@ class Part:
 
     def of(self, whole: Tensor) -> Tensor:
         """``[..., length]`` to ``[..., tokens of this rank]``."""
-        return torch.cat([whole[..., begin:end] for begin, end in self.pieces], -1)
+        return torch.cat([whole[..., :0], *(whole[..., begin:end] for begin, end in self.pieces)], -1)
 
     def slice(self, begin: int, end: int) -> "Part":
         """The part that the rank's own tokens from `begin` to `end` are."""

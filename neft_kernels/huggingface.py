@@ -98,7 +98,7 @@ def replace_embeddings(
     if note:
         ops.logger.warning("%s: %s", type(model).__name__, note)
     for module in modules_to_watch(model, embeddings):
-        WatchSequences(settings, module, outermost=module is model).attach(module)
+        WatchSequences(settings, module).attach(module)
     return model
 
 

@@ -21,14 +21,14 @@ def may_be_laid_out(given: Tensor | None, ids: Tensor) -> bool:
 def lay_out(magnitude: float | Tensor, given: Tensor, ids: Tensor, otherwise: float | Tensor) -> float | Tensor:
     """The magnitudes of `ids` from those of the `given` ids, where :func:`may_be_laid_out` holds.
 
-    What a model adds gets no noise. Whether it adds at the beginning or at the end, and whether a square batch is transposed,
-    is decided by the ids' values, on their device: nothing is read back, and nothing is guessed.
+    What a model adds gets no noise. Whether they are transposed, and whether the model adds at the beginning or at the end, is
+    decided by the ids' values, on their device: nothing is read back, and nothing is guessed.
 
     Args:
         magnitude: of `given`, ``[B, L]``, or a number for all of them.
         given: ``[B, L]``.
         ids: ``[L, B]`` or ``[B, L + n]``.
-        otherwise: the magnitude of all `ids` if those given are neither at their beginning nor at their end.
+        otherwise: the magnitude of all `ids` if they are not those given, transposed or with some added at one end.
     """
     rows, length = given.shape
     added = ids.shape[1] - length
@@ -37,10 +37,10 @@ def lay_out(magnitude: float | Tensor, given: Tensor, ids: Tensor, otherwise: fl
             return magnitude
         is_transposed = _are_equal(ids, given.mT) & ~_are_equal(ids, given)
         return torch.where(is_transposed, magnitude.mT, magnitude)
-    if ids.shape == (length, rows):
-        return magnitude.mT if isinstance(magnitude, Tensor) and magnitude.ndim == 2 else magnitude
     magnitude = torch.as_tensor(magnitude, dtype=torch.float32, device=ids.device).expand(given.shape)
     otherwise = torch.as_tensor(otherwise, dtype=torch.float32, device=ids.device).expand(ids.shape)
+    if ids.shape == (length, rows):
+        return torch.where(_are_equal(ids, given.mT), magnitude.mT, otherwise)
     at_the_end = torch.where(
         _are_equal(ids[:, added:], given), torch.nn.functional.pad(magnitude, (added, 0)), otherwise
     )

@@ -28,6 +28,7 @@ def noise_magnitude(
     labels: Tensor | None = None,
     scale_by: str = "sequence",
     noise_on: str = "all",
+    backend: str | None = None,
 ) -> float | Tensor:
     """NEFTune's noise magnitude, ``alpha / sqrt(L * embedding_dim)``, for every token.
 
@@ -49,6 +50,8 @@ def noise_magnitude(
         labels: shape of `input_ids`, -100 for what is not learned; tells the prompt from the completion.
         noise_on: "all" tokens, or only those of the "prompt" (whose label is -100) or of the "completion"; the lengths
             stay those of the whole sequences.
+        backend: that of :func:`noisy_embedding`; "triton" and "cpu" compute the magnitudes in one kernel, the others in plain
+            torch, with the same result.
 
     Returns:
         A number where one holds for all tokens, else float32 of the shape of `input_ids`. Both are computed in float64,
@@ -69,7 +72,7 @@ def noise_magnitude(
         magnitude = magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
         _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
-        kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens)
+        kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens, backend)
         if kernel is None:
             magnitude = _magnitude_by_sequence(
                 alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens
@@ -179,6 +182,7 @@ def _kernel(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seq_lens: Tensor | None,
+    backend: str | None,
 ) -> Callable[..., Tensor] | None:
     """The op that computes the magnitudes at once; None where plain torch has to, which a compiler fuses by itself."""
     if isinstance(alpha, Tensor) or cu_seq_lens is not None or torch.compiler.is_compiling():
@@ -191,7 +195,7 @@ def _kernel(
         for each in (attention_mask, position_ids)
     ):
         return None
-    return ops.OVERLOADS["token_magnitude"].get(ops.choose_backend(device.type))
+    return ops.magnitude_kernel(device.type, backend)
 
 
 def _as_kernels_take_it(values: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from neft_kernels import distributed, ops
 from neft_kernels.distributed import Part
@@ -112,15 +113,15 @@ class Noise:
     #: The magnitude of the last forward pass that had noise, and why it was not what was asked for.
     last_magnitude: float | Tensor | None = None
     note: str = ""
-    #: What the last pass told of its sequences, by name.
-    told: frozenset[str] = frozenset()
+    #: What was told of the sequences of ids that are still in use, by name.
+    told: WeakTensorKeyDictionary | None = field(default=None, compare=False)
     #: What the model's noise leaves out, whatever the batch.
     standing_note: str = ""
     #: Whether the table was spread over ranks in that pass, and not merely between passes, as FSDP has it.
     table_was_spread: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_magnitude": None}
+        return {**self.__dict__, "last_magnitude": None, "told": None}
 
     def state(self, module: nn.Module) -> str:
         """ "on", or why `module` has no noise at this moment."""
@@ -188,9 +189,9 @@ class Noise:
         elif tokens is not ids:
             by_batch = self._magnitude(ids, embedding_dim, {}) if settings.noise_on == "all" else 0.0
             magnitude = lay_out(magnitude, tokens, ids, by_batch)
-            note = "; ".join(
-                filter(None, (note, f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}"))
-            )
+            if tokens.shape != ids.shape:
+                looked_up = f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}"
+                note = "; ".join(filter(None, (note, looked_up)))
         if not torch.compiler.is_compiling() and _can_be_read_later(magnitude):
             first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
             if first and ops.logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
@@ -211,22 +212,41 @@ class Noise:
             if given is not None and part is None and may_be_laid_out(given, ids):
                 tokens = given
             telling, note = sequences.telling(tokens, tokens.shape[-1] if part is None else part.length)
+        if not torch.compiler.is_compiling():
+            self._check_recomputation(ids, telling)
+        return tokens, telling, note
+
+    def _check_recomputation(self, ids: Tensor, telling: dict[str, Tensor]) -> None:
+        """When a pass is recomputed it must be told of `ids` what it was told the first time, or the noise is another one."""
+        counts = {"labels"} if self.settings.noise_on != "all" else set()
+        if self.settings.scale_by == "sequence":
+            counts |= {"attention_mask", "position_ids", "cu_seq_lens"}
+        told = counts & telling.keys()
         if is_recomputed():
-            if missing := self.told - telling.keys():
+            before = told if self.told is None else self.told.get(ids, told)
+            if missing := before - told:
                 raise RuntimeError(
                     "a checkpointed region that holds the embedding is recomputed outside of the module that got "
                     f"{', '.join(sorted(missing))}; give them to a module inside the region"
                 )
-        elif not torch.compiler.is_compiling():
-            self.told = frozenset(telling)
-        return tokens, telling, note
+        elif told or self.told:
+            self.told = WeakTensorKeyDictionary() if self.told is None else self.told
+            self.told[ids] = told
 
     def _magnitude(self, tokens: Tensor, embedding_dim: int, sequences: dict[str, Tensor]) -> float | Tensor:
         alpha = self._alpha(tokens.device)
         if not sequences and tokens.numel():
             return magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
         scale_by, noise_on = self.settings.scale_by, self.settings.noise_on
-        return noise_magnitude(tokens, embedding_dim, alpha, scale_by=scale_by, noise_on=noise_on, **sequences)
+        return noise_magnitude(
+            tokens,
+            embedding_dim,
+            alpha,
+            scale_by=scale_by,
+            noise_on=noise_on,
+            backend=self.settings.backend,
+            **sequences,
+        )
 
     def _alpha(self, device: torch.device) -> float | Tensor:
         settings = self.settings

@@ -5,6 +5,7 @@ functions: given the seed tensor they draw nothing. An overload is called direct
 compiled graph names the backend that it was traced with.
 """
 
+import functools
 import importlib.util
 import logging
 import math
@@ -209,6 +210,13 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
         if backend is None:
             logger.info("backend %r for %s tensors: %s", choice, device_type, _detail(choice))
     return choice
+
+
+@functools.cache
+def magnitude_kernel(device_type: str, backend: str | None) -> Callable[..., Tensor] | None:
+    """The op ``token_magnitude`` of the backend asked for or the best one, where it has one that runs here."""
+    name = backend or _PREFERRED_BACKEND or _automatic(device_type)
+    return OVERLOADS["token_magnitude"].get(name) if device_type in _devices(name) else None
 
 
 def _choose(device_type: str, asked_for: str | None) -> str:

@@ -25,12 +25,17 @@ class Sequences:
     #: A cache was passed, so tokens are being generated and get no noise.
     generating: bool = False
 
-    def inside(self, known: dict[str, Tensor | None]) -> "Sequences":
-        """What holds inside a module that is called with what is `known`, None included.
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is told."""
+        return self.input_ids is None and not self.generating and not any(self._given())
+
+    def inside(self, known: dict[str, Tensor | None], input_ids: Tensor | None) -> "Sequences":
+        """What holds inside a module that is called with `input_ids` and with what is `known`, None included.
 
         A module that is called with the very ids of the one around it need not be told again what is known of them.
         """
-        if known.get("input_ids") is not None and known["input_ids"] is self.input_ids:
+        if input_ids is not None and input_ids is self.input_ids:
             known = {name: value for name, value in known.items() if value is not None}
         return replace(self, **known)  # type: ignore[arg-type]
 
@@ -78,6 +83,7 @@ class _Pass:
     sequences: Sequences
     owner: object
     outside: "_Pass | None"
+    traced: bool  # by a compiler: in the graph's own passes, of whatever thread
 
 
 class Passes:
@@ -96,7 +102,7 @@ class Passes:
 
     def begin(self, owner: object, sequences: Sequences) -> None:
         """`owner` begins a pass, inside those that have begun and not ended."""
-        self._set(_Pass(sequences, owner, self._innermost()))
+        self._set(_Pass(sequences, owner, self._innermost(), torch.compiler.is_compiling()))
 
     def end(self, owner: object) -> None:
         """The innermost pass of `owner` ends, and with it all that are inside of it."""
@@ -107,14 +113,19 @@ class Passes:
             self._set(innermost.outside)
 
     def _innermost(self) -> _Pass | None:
-        return self._last if torch.compiler.is_compiling() else self._of_thread.get(threading.get_ident())
+        last = self._last
+        if torch.compiler.is_compiling():
+            return last
+        own = self._of_thread.get(threading.get_ident())
+        # What a compiled module calls outside of its graph is inside of the graph's pass.
+        return last if own is None and last is not None and last.traced else own
 
     def _set(self, innermost: _Pass | None) -> None:
         self._last = innermost
         if torch.compiler.is_compiling():
             return
-        if innermost is None:
-            del self._of_thread[threading.get_ident()]
+        if innermost is None or innermost.traced:
+            self._of_thread.pop(threading.get_ident(), None)
         else:
             self._of_thread[threading.get_ident()] = innermost
 

@@ -52,10 +52,11 @@ def token_magnitude_kernel(
             if attention_mask is not None:
                 present = tl.load(attention_mask + first + token, mask=inside, other=0) != 0
         tl.store(sequences + first + token, sequence.to(tl.int32), mask=inside)
-        tl.atomic_add(counts + sequence, 1, mask=present)
+        # No other program has to do with the row, so the additions need no order but that of the barrier.
+        tl.atomic_add(counts + sequence, 1, mask=present, sem="relaxed", scope="cta")
     tl.debug_barrier()  # all of the row is counted
 
-    alpha = alpha_bits.to(tl.float64, bitcast=True)
+    alpha = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)  # those of 0.0 come as an int32
     last = tl.full([], -1, tl.int64)  # token that is no padding, once it is found
     tiles = tl.cdiv(length, TILE)
     for tile in range(tiles):

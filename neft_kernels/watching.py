@@ -34,10 +34,10 @@ class WatchSequences:
     The innermost module that takes an argument decides on it: a decoder's ``attention_mask`` is its own, not the encoder's.
     """
 
-    def __init__(self, settings: NoiseSettings, module: nn.Module, outermost: bool) -> None:
+    def __init__(self, settings: NoiseSettings, module: nn.Module) -> None:
         self.settings = settings
         self.parameters = _parameters_of_forward(module)
-        self.outermost = outermost
+        self.positional = _parameters_of_forward(module, positional=True)
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
@@ -52,7 +52,7 @@ class WatchSequences:
         return memo[id(self)]
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict.fromkeys(self.parameters) | dict(zip(self.parameters, args, strict=False)) | kwargs
+        given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
         given = {
             name: value if isinstance(value, torch.Tensor) or name in _CACHES else None for name, value in given.items()
         }
@@ -63,17 +63,19 @@ class WatchSequences:
         if is_decoder or given.get("encoder_hidden_states") is not None:
             # Its ids are its own, and what the module around it was told is not about them.
             known = dict.fromkeys(("attention_mask", "position_ids", "cu_seq_lens")) | known
+        input_ids = given.get("decoder_input_ids" if is_decoder else "input_ids")
         if "attention_mask" in known:  # and so the ids that it is about
-            known["input_ids"] = given.get("decoder_input_ids" if is_decoder else "input_ids")
+            known["input_ids"] = input_ids
+        passes.end(self)  # one that an interrupt cut off, if there is any: hooks do not run after it
         outside = passes.sequences
-        inside = outside.inside(known)
+        inside = outside.inside(known, input_ids)
         # A cache that the model fills and passes on within itself is none; nor is there generation with labels, whatever
         # the cache is for: prefix tuning passes its prefix as one.
-        has_cache = outside is NO_SEQUENCES and any(given.get(name) is not None for name in _CACHES)
+        has_cache = outside.is_empty and any(given.get(name) is not None for name in _CACHES)
         passes.begin(self, replace(inside, generating=outside.generating or (has_cache and inside.labels is None)))
         # A compiled graph would be tied to the count of one pass, and a pass that is recomputed has been counted.
         is_repeated = torch.compiler.is_compiling() or is_recomputed()
-        if self.outermost and module.training and torch.is_grad_enabled() and not is_repeated:
+        if outside is NO_SEQUENCES and module.training and torch.is_grad_enabled() and not is_repeated:
             self.settings.count_pass()
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -92,5 +94,7 @@ def modules_to_watch(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.M
     return found
 
 
-def _parameters_of_forward(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
+def _parameters_of_forward(module: nn.Module, positional: bool = False) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(each.name for each in parameters if not positional or each.kind in kinds)

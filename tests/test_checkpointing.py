@@ -86,3 +86,30 @@ def test_masks_that_are_gone_when_the_region_is_recomputed_are_an_error(region):
     with pytest.raises(RuntimeError, match="attention_mask; give them to a module inside the region"):
         step("non-reentrant", region=region, attention_mask=MASK)
     assert_equal(step("non-reentrant", region=region), step(None, region=region))  # there were none
+
+
+def test_only_what_the_noise_depends_on_must_be_told_again():
+    ids = IDS.clone()
+    for options, inputs in (({"scale_by": "batch"}, {"attention_mask": MASK}), ({}, {"labels": ids})):
+
+        class Takes(Model):
+            def forward(self, input_ids, attention_mask=None, labels=None):
+                return super().forward(input_ids, attention_mask)
+
+        model = replace_embeddings(Takes("non-reentrant", Region), **options).train()
+        model(ids, **inputs).sum().backward()
+
+
+def test_what_was_told_of_other_ids_does_not_matter():
+    model = replace_embeddings(Model("non-reentrant", RegionWithMask)).train()
+    first, second = IDS.clone(), IDS.clone()
+    with_mask, without = model(first, attention_mask=MASK), model(second)
+    (with_mask.sum() + without.sum()).backward()
+    model(first, attention_mask=MASK)
+    checkpoint(lambda ids: model.region.embedding(ids), second, use_reentrant=False).sum().backward()
+
+    lost = replace_embeddings(Model("non-reentrant", Region)).train()
+    with_mask, without = lost(first, attention_mask=MASK), lost(second)
+    without.sum().backward()
+    with pytest.raises(RuntimeError, match="attention_mask; give them"):
+        with_mask.sum().backward()

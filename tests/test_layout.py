@@ -101,9 +101,13 @@ def test_what_is_of_no_such_layout():
     assert not may_be_laid_out(GIVEN, GIVEN.to("meta").mT)
 
 
-def test_a_number_stays_a_number_where_one_holds_for_all():
-    assert lay_out(0.5, GIVEN, GIVEN.mT.clone(), 9.0) == 0.5
+def test_a_number_holds_for_the_ids_that_it_is_about():
+    assert torch.equal(lay_out(0.5, GIVEN, GIVEN.mT.clone(), 9.0), torch.full(GIVEN.mT.shape, 0.5))
     assert lay_out(0.5, SQUARE, SQUARE.clone(), 9.0) == 0.5
+
+
+def test_ids_that_only_have_the_shape_of_those_given_are_not_taken_for_them():
+    assert torch.equal(lay_out(0.5, GIVEN, GIVEN.mT + 1, 9.0), torch.full(GIVEN.mT.shape, 9.0))
 
 
 class Swallows(Look):

@@ -16,7 +16,8 @@ COMPUTED_BY = ("reference", *(backend for backend in CPU_BACKENDS if backend in 
 
 @pytest.fixture(params=COMPUTED_BY, autouse=True)
 def computed_by(request, monkeypatch):
-    monkeypatch.setattr(ops, "choose_backend", lambda device_type, backend=None: request.param)
+    kernel = ops.OVERLOADS["token_magnitude"].get(request.param)
+    monkeypatch.setattr(ops, "magnitude_kernel", lambda device_type, backend: kernel)
     return request.param
 
 
@@ -180,10 +181,17 @@ def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
         tokens = ids(*next(reversed(case.values())).shape)
         got = noise_magnitude(tokens, 48, 7.3, **case)
         with monkeypatch.context() as patched:
-            patched.setattr(ops, "choose_backend", lambda *_: "reference")
+            patched.setattr(ops, "magnitude_kernel", lambda *_: None)
             want = noise_magnitude(tokens, 48, 7.3, **case)
         assert got.dtype == torch.float32
         assert torch.equal(got, want), case
+
+
+def test_without_any_alpha_there_is_none():
+    """Also where a schedule begins with 0, whose bits are those of a small integer."""
+    for case in ({"attention_mask": torch.tensor([[1, 1, 0]])}, {"position_ids": torch.tensor([[0, 1, 0]])}):
+        for alpha in (0.0, 0, 5e-324):
+            assert noise_magnitude(ids(1, 3), D, alpha, **case).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_compiled_is_a_tensor_of_the_same_value_and_one_graph():

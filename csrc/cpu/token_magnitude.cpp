@@ -73,11 +73,14 @@ Tensor token_magnitude(const std::optional<Tensor>& attention_mask, const std::o
                        int64_t embedding_dim) {
   STD_TORCH_CHECK(attention_mask || position_ids, "attention_mask or position_ids must be given");
   const Tensor& given = attention_mask ? *attention_mask : *position_ids;
-  STD_TORCH_CHECK(!attention_mask || !position_ids || attention_mask->numel() == position_ids->numel(),
-                  "attention_mask and position_ids must have one shape");
   const std::vector<int64_t> sizes(given.sizes().begin(), given.sizes().end());
+  STD_TORCH_CHECK(!sizes.empty(), "attention_mask and position_ids must have at least 1 dimension");
+  if (attention_mask && position_ids) {
+    const std::vector<int64_t> other(position_ids->sizes().begin(), position_ids->sizes().end());
+    STD_TORCH_CHECK(sizes == other, "attention_mask and position_ids must have one shape");
+  }
   Tensor out = torch::stable::new_empty(given, sizes, ScalarType::Float);
-  const int64_t length = sizes.empty() ? 0 : sizes.back();
+  const int64_t length = sizes.back();
   if (given.numel() == 0) return out;
   const int64_t* mask = data_of(attention_mask);
   const int64_t* positions = data_of(position_ids);

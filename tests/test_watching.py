@@ -1,0 +1,130 @@
+"""Contract: what reaches an embedding is what the forward pass under way was told, by whomever, and nothing of another."""
+
+import pytest
+import torch
+from torch import nn
+
+from neft_kernels import describe, replace_embeddings
+
+IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
+MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+BY_LENGTH = (5.0 / (4 * 4) ** 0.5, 5.0 / (2 * 4) ** 0.5)  # of four tokens and of two, width 4
+
+
+class Inner(nn.Module):
+    """Looks tokens up; `fails` before it does so."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fails = nn.Embedding(8, 4), None
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, labels=None):
+        if self.fails is not None:
+            raise self.fails
+        return self.embedding(input_ids)
+
+
+def last(model):
+    (report,) = describe(model)
+    return report.last_magnitude
+
+
+def model_of(cls):
+    model = cls()
+    model.inner = Inner()
+    model.get_input_embeddings = lambda: model.inner.embedding
+    return replace_embeddings(model, alpha=5.0).train()
+
+
+class Plain(nn.Module):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None):
+        return self.inner(input_ids, attention_mask, position_ids, past_key_values)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_leaves_nothing_behind(interrupt):
+    """Hooks that are always called are not after an interrupt."""
+    model = model_of(Plain)
+    model.inner.fails = interrupt()
+    with pytest.raises(interrupt):
+        model(IDS, attention_mask=MASK, past_key_values=object())
+    model.inner.fails = None
+    model(IDS)
+    assert last(model) == pytest.approx((BY_LENGTH[0],) * 2)
+    model(IDS, attention_mask=MASK)
+    assert last(model) == pytest.approx(BY_LENGTH)
+
+
+class TakesABatch(nn.Module):
+    """As a Lightning module does."""
+
+    def forward(self, batch):
+        return self.inner(**batch)
+
+
+def test_a_cache_is_seen_below_a_module_that_is_given_a_batch():
+    model = model_of(TakesABatch)
+    plain = nn.functional.embedding(IDS, model.inner.embedding.weight)
+    assert torch.equal(model({"input_ids": IDS, "past_key_values": object()}), plain)
+    assert not torch.equal(model({"input_ids": IDS}), plain)
+
+
+def test_a_schedule_counts_the_passes_of_whatever_module_is_called():
+    model = replace_embeddings(model_of(Plain), alpha=lambda step: float(step))
+    for _ in range(3):
+        model.inner(IDS)
+    model(IDS)
+    assert describe(model)[0].alpha == 3.0
+
+
+class PositionsOnly(nn.Module):
+    """Calls a module that takes the ids and positions, but no mask, with the ids alone."""
+
+    class Middle(nn.Module):
+        def forward(self, input_ids, position_ids=None):
+            return self.inner.embedding(input_ids)
+
+    def __init__(self):
+        super().__init__()
+        self.middle = self.Middle()
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.middle(input_ids)
+
+
+def test_what_is_known_of_the_same_ids_is_known_inside():
+    model = PositionsOnly()
+    model.middle.inner = Inner()
+    model.get_input_embeddings = lambda: model.middle.inner.embedding
+    replace_embeddings(model, alpha=5.0).train()
+    model(IDS, position_ids=torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]))
+    assert last(model) == pytest.approx(BY_LENGTH)
+
+
+class MoreArguments(nn.Module):
+    def forward(self, input_ids, *more, attention_mask=None):
+        return self.inner(input_ids)
+
+
+def test_further_positional_arguments_are_no_mask():
+    model = model_of(MoreArguments)
+    model(IDS, torch.zeros(2, 4), torch.zeros(2, 4))
+    assert last(model) == pytest.approx((BY_LENGTH[0],) * 2)
+
+
+class LeavesTheGraph(nn.Module):
+    def forward(self, input_ids, attention_mask=None):
+        return self.look_up(input_ids) * 2
+
+    @torch.compiler.disable
+    def look_up(self, input_ids):
+        return self.inner.embedding(input_ids)
+
+
+def test_a_compiled_module_tells_what_it_calls_outside_of_its_graph():
+    model = model_of(LeavesTheGraph)
+    torch._dynamo.reset()
+    torch.compile(model, backend="eager")(IDS, attention_mask=MASK)
+    assert last(model) == pytest.approx(BY_LENGTH)
+    model(IDS)  # and nothing is left of it
+    assert last(model) == pytest.approx((BY_LENGTH[0],) * 2)
