@@ -173,7 +173,7 @@ def about_control(record: Record, control: Record) -> str:
     )
 
 
-def about_battery(record: Record) -> str:
+def about_battery(record: Record, control: Record | None) -> str:
     verdicts = [test["verdict"] for test in record["tests"]]
     count = {verdict: verdicts.count(verdict) for verdict in ("PASSED", "WEAK", "FAILED")}
     others = [test for test in record["tests"] if test["verdict"] != "PASSED"]
@@ -183,6 +183,7 @@ def about_battery(record: Record) -> str:
         f"order in which bf16 training steps of width 4096 take them: of {len(verdicts)} p-values {count['PASSED']} passed, "
         f"{count['WEAK']} are weak and {count['FAILED']} failed. One in a hundred must be weak, below 0.005 or above 0.995"
         + (f"; here: {named}." if named else ".")
+        + (about_control(record, control) if control else "")
     )
 
 
@@ -221,11 +222,7 @@ def main() -> None:
     tests = records["tests"]
     paragraphs = [
         about_tests(records),
-        *(
-            about_battery(records["battery"]) + about_control(records["battery"], records["battery control"])
-            for name in ("battery control",)
-            if name in records
-        ),
+        *([about_battery(records["battery"], records.get("battery control"))] if "battery" in records else []),
         "![All p-values, the spectrum and the correlations](benchmarks/results/randomness.png)",
         about_rounding(records["rounding"]),
         "![What is left of the noise after rounding](benchmarks/results/rounding.png)",
