@@ -32,7 +32,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	layout.py huggingface.py composition.py cuda_sources.py gpu.py)
+	layout.py watching.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
 
 test-gpu:  ## on a GPU: build both extensions in place, then all tests that such a machine can run
 	NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
