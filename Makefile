@@ -29,14 +29,15 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
 	$(BIN)/python benchmarks/training_step.py
 
-# On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded.
+# On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded, and
+# what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
 	layout.py watching.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
 
 test-gpu:  ## on a GPU: build both extensions in place, then all tests that such a machine can run
 	NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(GPU_TESTS)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q -k "not peft and not trainer" $(GPU_TESTS)
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all --tool
 
@@ -46,9 +47,8 @@ sanitize-gpu:  ## on a GPU, after test-gpu: the kernels under compute-sanitizer:
 	PYTHONPATH=. $(SANITIZER) racecheck $(GPU_PYTHON) tools/sanitize_gpu.py
 	PYTHONPATH=. $(SANITIZER) synccheck $(GPU_PYTHON) tools/sanitize_gpu.py
 
-bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl, then draws
+bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl, from which make plots draws anywhere
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/report_gpu.py
 
 gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show; GPU_BENCH=--quick for fewer shapes
 
