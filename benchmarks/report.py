@@ -58,9 +58,19 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         "repeats them, [the records](benchmarks/results/cpu_forward.jsonl) hold the spread. Outputs of 32 MB and more ask "
         "the kernel for huge pages: where it has some to give, they are faster than plain ones."
     )
-    rows[-1] = " ".join([rows[-1], *elsewhere(any_record["device"])])
+    rows[-1] = " ".join([rows[-1], *memory(any_record), *elsewhere(any_record["device"])])
     rows += ["", "![Time of one forward pass by tokens, width and vocabulary](benchmarks/results/cpu_forward.png)"]
     return "\n".join(rows)
+
+
+def memory(record: dict[str, Any]) -> list[str]:
+    """A sentence on the memory of the first row, if it was measured."""
+    peak = record.get("peak_bytes_above_output")
+    if peak is None or None in peak.values():
+        return []
+    sizes = ", ".join(f"{LABELS[name]} {peak[name] / 2**20:.0f}" for name in ("ours", "hook", "hook, compiled"))
+    output = record["elements"] * 4 / 2**20
+    return [f"MiB of memory beyond the output of {output:.0f}, in the first row: {sizes}."]
 
 
 def elsewhere(device: str) -> list[str]:

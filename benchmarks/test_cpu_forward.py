@@ -10,7 +10,7 @@ import functools
 import pytest
 import records
 import torch
-from timing import Replay, Samples, interleaved
+from timing import Replay, Samples, interleaved, peak_above_output
 from variants import PASSES, Shape, forwards
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -31,24 +31,37 @@ replay = Replay()
 
 
 @functools.cache
-def measured(shape: Shape) -> dict[str, Samples]:
+def measured(shape: Shape) -> tuple[dict[str, Samples], dict[str, int | None]]:
+    """The times of each variant, and its memory beyond the output."""
     torch.manual_seed(0)
-    return interleaved(forwards(shape))
+    calls = forwards(shape)
+    # The least of a few: the allocator may still hold on to what was freed before.
+    peaks = {name: [peak_above_output(calls[name]) for _ in range(3)] for name in VARIANTS}
+    return interleaved(calls), {name: None if None in found else min(found) for name, found in peaks.items()}
 
 
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(benchmark, summary, request, shape, variant):
-    samples = measured(shape)
+    samples, peak_bytes = measured(shape)
     replay.load(samples[variant])
     benchmark.group = str(shape)
     benchmark.pedantic(lambda: None, rounds=len(samples[variant].seconds))
     if variant == VARIANTS[-1]:
         summary(line(shape, samples))
+        if shape in MAIN and None not in peak_bytes.values():
+            memory = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in peak_bytes.items())
+            summary(f"{shape!s:44} memory beyond the output: {memory}")
         if request.config.getoption("--record"):
             records.append(
-                "cpu_forward", {"shape": str(shape), "elements": shape.elements, "milliseconds": table(samples)}
+                "cpu_forward",
+                {
+                    "shape": str(shape),
+                    "elements": shape.elements,
+                    "milliseconds": table(samples),
+                    "peak_bytes_above_output": peak_bytes,
+                },
             )
 
 

@@ -1,10 +1,13 @@
 """Interleaved timing: every round runs every variant once, so that a noisy machine is equally noisy to all of them."""
 
+import ctypes
+import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -50,6 +53,28 @@ def interleaved(
         if begin is not None and len(found[names[0]]) >= 15 and time.perf_counter() - begin > seconds:
             break
     return {name: Samples(tuple(samples)) for name, samples in found.items()}
+
+
+def peak_above_output(call: Callable[[], Any]) -> int | None:
+    """Bytes of memory that a call occupies at its peak beyond its output, by the kernel's own count; None where it keeps none.
+
+    In whole pages, and with whatever else the process does meanwhile: a figure for outputs of many megabytes.
+    """
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists() or platform.libc_ver()[0] != "glibc":
+        return None
+
+    def kilobytes(field: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+    size = call().nbytes
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept of it would not show again
+    reset.write_text("5")  # the peak is counted from here
+    before = kilobytes("VmRSS:")
+    result = call()
+    peak = kilobytes("VmHWM:")
+    del result
+    return max(0, (peak - before) * 1024 - size)
 
 
 class Replay:
