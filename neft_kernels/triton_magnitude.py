@@ -102,5 +102,6 @@ def token_magnitude(
             embedding_dim,
             length,
             min(triton.next_power_of_2(length), MOST_TOKENS_AT_ONCE),
+            enable_fp_fusion=False,
         )
     return out

@@ -50,7 +50,7 @@ def record_of(run, preset=SMALL):
         "stage": "fine-tuning",
         "settings": effect.settings(preset, run, START),
         "outcomes": outcomes_of(run),
-        "first_update": {"noise_rms": noise, "embedding_rms": 0.5},
+        "first_update": {"noise_rms": noise, "embedding_rms": 0.5, "right_rms_per_alpha": 0.06},
     }
 
 
@@ -116,6 +116,27 @@ def test_the_rest_of_the_readme_stays(written):
     (written / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="has no section"):
         reported(written)
+
+
+def test_it_says_how_strong_the_noise_is(written):
+    text = reported(written)
+    # 5 * 0.06 / 0.5; and 0.06 against 1 / sqrt(3 * 512 * 4096).
+    assert "at alpha 5 its root mean square is 0.60 of the embeddings'" in text
+    assert "on 512 tokens of width 4096 is noise 150 times weaker" in text
+
+
+def test_weaker_noise_is_reported_apart(written):
+    """With the runs at alpha 0 that it shares, and with nothing else."""
+    before = reported(written)
+    assert "Weaker noise" not in before
+    for run in runs(PRESETS["weaker"]):
+        if run.alpha:
+            records.append("effect", {**record_of(run), "preset": "weaker"})
+    text = reported(written)
+    assert "alpha 0.5, 1 and 2, noise 0.06, 0.12 and 0.24 of the embeddings, the same 5 seeds" in text
+    assert "held-out loss +0.000 ± 0.124, +0.000 ± 0.124, +0.000 ± 0.124;" in text
+    without = [line for line in text.splitlines() if not line.startswith("Weaker noise")]
+    assert [line for line in without if line] == [line for line in before.splitlines() if line]
 
 
 def test_only_whole_seeds_of_the_newest_experiment_count(written):
