@@ -14,7 +14,7 @@ import strategies
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, OPTIONS, capped, equal_bits, kernels
-from hypothesis import given, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from test_contract import differences, to_storage_array
 
@@ -196,8 +196,6 @@ def test_the_draws_reach_what_the_contract_names():
     """Every dtype, layout, shape and kind of value is among the examples, so that none of the tests above is idle."""
     seen = set()
 
-    @settings(max_examples=400, derandomize=True, deadline=None, database=None)
-    @given(strategies.cases())
     def look(case):
         weight, embeds, magnitude = case.weight, case.embeds, case.magnitude
         limits = torch.finfo(weight.dtype)
@@ -226,7 +224,11 @@ def test_the_draws_reach_what_the_contract_names():
         seen.update(("stream beyond 31 bits",) if noise["stream"] >= 2**31 else ())
         seen.update(("token beyond 63 bits",) if noise["first_token"] + case.ids.numel() > 2**63 else ())
 
-    look()
+    # Hypothesis draws from the constants in the sources as well, so a change anywhere changes the draws; the rarest of what is
+    # wanted is there from 1 to 18 times in 400 examples. Several runs, for one run's examples are akin.
+    for number in range(5):
+        drawn = given(strategies.cases())(look)
+        seed(number)(settings(max_examples=400, deadline=None, database=None)(drawn))()
     layouts = ("expanded", "transposed", "with gaps", "unaligned")
     wanted = {*DTYPES, *strategies.ID_DTYPES, *(f"{ndim} dimensions" for ndim in range(5))}
     wanted |= {f"{name} {layout}" for name in ("weight", "ids", "embeds", "magnitude") for layout in layouts}
