@@ -1,17 +1,29 @@
-"""What all tests share. Without a GPU, Triton kernels run in Triton's interpreter."""
+"""What all tests share.
+
+Without a GPU, Triton kernels run in Triton's interpreter; or, with NEFT_KERNELS_TEST_GPU=90, compiled for GPUs of that
+compute capability on the emulated GPU beside this file.
+"""
 
 import contextlib
 import os
+import shutil
 
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+EMULATED_GPU = None if HAS_GPU else os.environ.get("NEFT_KERNELS_TEST_GPU")
+if not HAS_GPU and not EMULATED_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything else
 
 import pytest  # noqa: E402
+from emulated_gpu.driver import emulated_gpu  # noqa: E402
 
 from neft_kernels import ops  # noqa: E402
+
+_for_the_session = contextlib.ExitStack()
+if EMULATED_GPU:
+    ops._INTERPRET_TRITON = True  # so that CPU tensors are Triton's too
+    gpu = _for_the_session.enter_context(emulated_gpu(int(EMULATED_GPU)))
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
@@ -31,6 +43,11 @@ def pytest_addoption(parser):
         "--more-examples", type=int, default=1, help="so many times the examples of each property test, drawn anew"
     )
 
+
+# Each of these needs what a machine may lack without anything being wrong with it.
+collect_ignore = [] if EMULATED_GPU else ["test_compiled_triton.py"]
+if shutil.which("nvcc") is None:
+    collect_ignore.append("test_compiled_cuda.py")
 
 #: Options that test modules read when they are imported.
 OPTIONS = {}
@@ -91,6 +108,14 @@ def kernel(request):
     device, backend, instruction_set = request.param
     with capped(instruction_set):
         yield device, backend
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The CUDA kernels' own code, compiled for the host."""
+    import cuda_emulation
+
+    return cuda_emulation.build(tmp_path_factory.mktemp("cuda_emulation"))
 
 
 @pytest.fixture

@@ -190,11 +190,16 @@ def check_magnitude(target_name: str) -> list[str]:
 # --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
-def check_cuda(source: Path, targets: list[str], flags: list[str]) -> list[Kernel]:
+def nvcc(*flags: str) -> list[str]:
+    """The command that compiles a file of csrc/cuda; without -fmad=false, because the sources do not rely on it."""
     from torch.utils import cpp_extension
 
-    command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000", "-Xptxas", "-v"]
-    command += [f"-I{path}" for path in cpp_extension.include_paths()] + ["-Xcompiler", "-fPIC", *flags]
+    command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000", *flags]
+    return [*command, *(f"-I{path}" for path in cpp_extension.include_paths()), "-Xcompiler", "-fPIC"]
+
+
+def check_cuda(source: Path, targets: list[str], flags: list[str]) -> list[Kernel]:
+    command = nvcc("-Xptxas", "-v", *flags)
     for target in targets:
         command += ["-gencode", f"arch={target.replace('sm', 'compute')},code={target}"]
     with tempfile.TemporaryDirectory() as folder:

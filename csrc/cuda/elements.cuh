@@ -134,11 +134,10 @@ struct ColumnBlock {
     }
   }
 
-  // The first `count` columns, anywhere.
+  // The first `count` columns, anywhere. The others are 0, so that they can be given noise as well.
   NEFT_FUNCTION void load(const Bits* from, int64_t count, int64_t stride) {
     NEFT_UNROLL
-    for (int c = 0; c < kColumns; ++c)
-      if (c < count) set(c, from[c * stride]);
+    for (int c = 0; c < kColumns; ++c) set(c, c < count ? from[c * stride] : Bits{0});
   }
   NEFT_FUNCTION void store(Bits* to, int64_t count) const {
     NEFT_UNROLL

@@ -2,7 +2,8 @@
 // the host, which walks through every thread of a launch without a GPU.
 //
 // A thread gives four blocks of columns of one row their noise (two in fp64): 64 bytes, all loaded before the first is
-// used. Neighbouring lanes have neighbouring blocks, so each load and store of a warp covers 512 consecutive bytes.
+// used. Neighbouring lanes have neighbouring blocks, so each load and store of a warp covers 512 consecutive bytes (in fp64,
+// where a block is two vectors, one half of each 32 bytes; the next access takes the other).
 #pragma once
 
 #include <algorithm>

@@ -96,18 +96,29 @@ struct Arguments {
 
 namespace {
 
+template <class RowOf>
+Rows<RowOf> rows_of(const Arguments& a, const void* storage, void* out, RowOf row_of, const void* token_magnitude,
+                    const void* seed) {
+  return {static_cast<const char*>(storage) + a.in_offset_bytes,
+          out,
+          row_of,
+          a.row_stride,
+          a.column_stride,
+          a.num_tokens,
+          a.num_columns,
+          static_cast<const int64_t*>(seed),
+          a.token_magnitude ? static_cast<const float*>(token_magnitude) : nullptr,
+          a.magnitude,
+          a.stream,
+          a.first_token};
+}
+
 template <class Element, class RowOf>
 int run(const Arguments& a, RowOf row_of, const Guarded& storage, const Guarded& magnitudes, const Guarded& seed) {
   const size_t out_bytes = a.num_tokens * a.num_columns * sizeof(typename Element::Bits);
   const bool at_end = a.guard_after;
   Guarded outs[2] = {{nullptr, out_bytes, at_end}, {nullptr, out_bytes, at_end}};
-  Rows<RowOf> rows{storage.begin() + a.in_offset_bytes, outs[0].begin(), row_of, a.row_stride, a.column_stride,
-                   a.num_tokens, a.num_columns};
-  rows.seed = reinterpret_cast<const int64_t*>(seed.begin());
-  rows.token_magnitude = a.token_magnitude ? reinterpret_cast<const float*>(magnitudes.begin()) : nullptr;
-  rows.magnitude = a.magnitude;
-  rows.stream = a.stream;
-  rows.first_token = a.first_token;
+  auto rows = rows_of(a, storage.begin(), outs[0].begin(), row_of, magnitudes.begin(), seed.begin());
 
   LaunchPlan plan = plan_launch<Element>(rows);
   if (a.few_threads) {
@@ -136,6 +147,31 @@ int run_element(const Arguments& a) {
                       seed);
 }
 
+// What the launcher hands to the device.
+struct Launch {
+  Index grid, threads;
+  int32_t aligned;  // which kernel
+  int32_t parameter_bytes;
+  unsigned char parameters[128];
+};
+
+template <class Element, class RowOf>
+void launch_of(const Arguments& a, RowOf row_of, Launch& launch) {
+  auto rows = rows_of(a, a.storage, a.out, row_of, a.token_magnitude, &a.seed);
+  const LaunchPlan plan = plan_launch<Element>(rows);
+  static_assert(sizeof rows <= sizeof launch.parameters);
+  launch = {plan.grid, plan.threads, plan.aligned, sizeof rows, {}};
+  memcpy(launch.parameters, &rows, sizeof rows);
+}
+
+template <class Element>
+void launch_element(const Arguments& a, Launch& launch) {
+  if (a.id_bytes == 0) return launch_of<Element>(a, RowOfToken{}, launch);
+  if (a.id_bytes == 4)
+    return launch_of<Element>(a, RowOfId<int32_t>{static_cast<const int32_t*>(a.ids), a.num_rows}, launch);
+  return launch_of<Element>(a, RowOfId<int64_t>{static_cast<const int64_t*>(a.ids), a.num_rows}, launch);
+}
+
 template <class Element>
 void plan_of(int64_t num_tokens, int64_t num_columns, uint32_t* out) {
   Rows<RowOfToken> rows{nullptr, nullptr, {}, num_columns, 1, num_tokens, num_columns};
@@ -160,6 +196,13 @@ int emulate(const Arguments* a) {
   }
   sigaction(SIGSEGV, &before, nullptr);
   return result;
+}
+
+// The launch that the CUDA launcher would make of `a`, on its own memory; the seed is read from `a` itself.
+void launch(const Arguments* a, Launch* found) {
+  constexpr void (*kLaunch[])(const Arguments&, Launch&) = {launch_element<Fp32>, launch_element<Fp64>,
+                                                            launch_element<Fp16>, launch_element<Bf16>};
+  kLaunch[a->element](*a, *found);
 }
 
 // The grid and the threads of a block, of a launch on `num_tokens` rows.

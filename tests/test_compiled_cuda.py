@@ -1,0 +1,138 @@
+"""Contract: what nvcc makes of the CUDA kernels gives what neft_kernels.reference gives, bit for bit.
+
+The compiled kernels run on the emulated GPU, in the launches that the launcher would make: every byte of the output is
+written once, nothing beside the tensors is touched, no byte is moved in vain. The sources: test_cuda_sources.py.
+"""
+
+import ctypes
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DTYPES, equal_bits
+from cuda_emulation import (
+    IDENTITIES,
+    LAYOUTS,
+    PER_TOKEN,
+    ROOT,
+    Launch,
+    arguments_of,
+    expected_of,
+    ids_of,
+    table,
+)
+from emulated_gpu import machine, ptx
+from emulated_gpu.driver import memories_of
+from emulated_gpu.memory import Memory, MemoryFault
+
+sys.path.insert(0, str(ROOT / "tools"))
+from check_gpu import nvcc
+
+ELEMENT_NAMES = {torch.float32: "Fp32", torch.float64: "Fp64", torch.float16: "Fp16", torch.bfloat16: "Bf16"}
+ID_NAMES = {None: "RowOfToken", torch.int32: "RowOfIdIi", torch.int64: "RowOfIdIl"}
+TARGET = "compute_90"
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """By element type, whether rows are aligned, and type of ids."""
+    found = {}
+    for source in (ROOT / "csrc" / "cuda").glob("*_*.cu"):
+        target = tmp_path_factory.mktemp("ptx") / f"{source.stem}.ptx"
+        subprocess.run([*nvcc("-ptx", f"-arch={TARGET}", "-fmad=false"), "-o", str(target), str(source)], check=True)
+        for name, kernel in ptx.parse(target.read_text()).items():
+            if match := re.search(r"noisy_rows_kernelINS_\d(\w{4})ELb([01])ENS_\d+(RowOf(?:Token|IdI[il]))", name):
+                found[match[1], match[2] == "1", match[3]] = kernel
+    assert len(found) == 4 * 2 * 3
+    return found
+
+
+def run(library, kernels, rows, ids=None, token_magnitude=None, magnitude=0.0, identity=IDENTITIES[1], **switches):
+    """The launch's traffic, and its output, every byte of which was written once."""
+    arguments, out = arguments_of(rows, ids, token_magnitude, magnitude, identity, **switches)
+    launch = Launch()
+    library.launch(ctypes.byref(arguments), ctypes.byref(launch))
+    kernel = kernels[ELEMENT_NAMES[rows.dtype], bool(launch.aligned), ID_NAMES[None if ids is None else ids.dtype]]
+    assert launch.parameter_bytes == kernel.parameter_bytes
+    memories = memories_of([each for each in (rows, ids, token_magnitude, out) if each is not None])
+    seed = np.frombuffer(arguments, np.uint8)[type(arguments).seed.offset :][:8]
+    memories[ctypes.addressof(arguments) + type(arguments).seed.offset] = Memory("the seed", seed)
+    traffic = machine.Launch(
+        kernel,
+        *((index.x, index.y, index.z) for index in (launch.grid, launch.threads)),
+        bytes(launch.parameters)[: launch.parameter_bytes],
+        memories,
+    ).run()
+    for address, memory in memories.items():
+        assert (memory.times_written == (address == out.data_ptr())).all()
+    return traffic, out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 8, 9, 64, 130, 516, 1032, 4160, 5003])
+def test_equals_the_reference(library, kernels, dtype, width):
+    rows = table(dtype, width)
+    for ids in (None, ids_of(torch.int32), ids_of(torch.int64)):
+        for noise in ({"magnitude": 0.3}, {"token_magnitude": PER_TOKEN if ids is not None else torch.rand(8)}):
+            _, out = run(library, kernels, rows, ids, **noise)
+            assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_seeds_streams_and_tokens(library, kernels, dtype, identity):
+    rows = table(dtype, 40)
+    _, out = run(library, kernels, rows, magnitude=0.3, identity=identity)
+    assert equal_bits(out, expected_of(rows, magnitude=0.3, identity=identity))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(library, kernels, layout, dtype):
+    make, _ = LAYOUTS[layout]
+    rows = make(table(dtype, 64, 9))
+    for ids in (None, ids_of(torch.int64, 9)):
+        _, out = run(library, kernels, rows, ids, magnitude=0.3)
+        assert equal_bits(out, expected_of(rows, ids, magnitude=0.3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_awkward_values(library, kernels, dtype):
+    """NaN and infinity pass through, sums round to nearest even and overflow to infinity, subnormals survive."""
+    limits = torch.finfo(dtype)
+    values = (
+        0.0,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        limits.max,
+        limits.min,
+        limits.tiny,
+        limits.smallest_normal / 3,
+    )
+    rows = torch.tensor(values, dtype=torch.float64).to(dtype).repeat_interleave(8)[None].contiguous()
+    for magnitude in (1e-30, 1e-6, 0.3, 3e38):
+        _, out = run(library, kernels, rows, magnitude=magnitude)
+        assert equal_bits(out, expected_of(rows, magnitude=magnitude))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_no_byte_is_moved_in_vain(library, kernels, dtype):
+    """On aligned rows: each is read once and written once, in whole sectors, and one that is out of range is not read."""
+    rows, ids = table(dtype, 4096, 20), torch.tensor([3, 19, 0, 3, 20])
+    traffic, _ = run(library, kernels, rows, ids, magnitude=0.3)
+    row_bytes = 4096 * dtype.itemsize
+    assert traffic.bytes["store"] == traffic.sectors["store"] * machine.SECTOR_BYTES == 5 * row_bytes
+    warps = 5 * row_bytes // (32 * 64)
+    assert traffic.bytes["load"] == 4 * row_bytes + warps * 32 * (8 + 8)  # every thread reads the seed and the id
+    assert traffic.sectors["load"] * machine.SECTOR_BYTES == 4 * row_bytes + warps * 2 * machine.SECTOR_BYTES
+
+
+def test_a_touch_beside_the_table_is_noticed(library, kernels):
+    """The guard of the tests above: an id that is in range of no row but passes for one."""
+    with pytest.raises(MemoryFault, match="outside the elements"):
+        run(library, kernels, table(torch.float32, 1024), torch.tensor([8]), num_rows=9, magnitude=0.3)

@@ -1,0 +1,123 @@
+"""Contract: the compiled Triton kernels move each byte once, right up to the largest grids, and none fuses or races.
+
+On the emulated GPU, with NEFT_KERNELS_TEST_GPU. That their numbers are those of the reference, whatever the widths, strides
+and seeds, is for the other tests, which `make test` runs there too.
+"""
+
+import math
+
+import independent
+import numpy as np
+import pytest
+import torch
+from conftest import DTYPES, equal_bits, gpu
+from emulated_gpu.arithmetic import Unsupported
+from emulated_gpu.driver import Window
+from emulated_gpu.machine import SECTOR_BYTES
+
+from neft_kernels import noise_magnitude, reference, triton_backend, triton_magnitude
+
+SEED = torch.tensor([2**40 + 7])
+
+
+def table(num_embeddings, embedding_dim, dtype):
+    generator = torch.Generator().manual_seed(embedding_dim)
+    return torch.randn(num_embeddings, embedding_dim, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [768, 4096, 5120])
+def test_no_byte_is_moved_in_vain(dtype, width):
+    """Each row is read once and written once, in whole sectors, and no data passes through shared memory."""
+    rows, ids = table(20, width, dtype), torch.tensor([3, 19, 0, 3, 7])
+    triton_backend.noisy_embedding(ids, rows, SEED, torch.rand(5), 0.0, 0, 0)
+    launch = gpu.launches[-1]
+    row_bytes = 5 * width * dtype.itemsize
+    assert launch.traffic.bytes["store"] == launch.traffic.sectors["store"] * SECTOR_BYTES == row_bytes
+    assert (launch.times_written("out") == 1).all()
+    assert launch.traffic.shared_bytes == 0
+    assert launch.traffic.instructions["bar"] == 0
+    # Besides, a warp reads a seed and, for each row that it has, an id and a magnitude: a sector each.
+    rows_of_tile, vectors, _ = triton_backend._tile(width, dtype.itemsize)
+    rows_of_warp = max(1, rows_of_tile * 32 // vectors) if vectors < 128 else rows_of_tile
+    warps = 4 * math.prod(launch.grid)
+    beside = launch.traffic.sectors["load"] * SECTOR_BYTES - row_bytes
+    assert 0 < beside <= warps * (1 + 2 * rows_of_warp) * SECTOR_BYTES
+
+
+def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
+    """Runs `blocks` of a launch on `num_rows` rows, of which memory has those from element `first` on."""
+    rows_of_tile, vectors, grid = triton_backend._tile(width, 2)
+    launch_grid = (-(-num_rows // rows_of_tile), *grid)
+    gpu.blocks = blocks(launch_grid)
+    try:
+        triton_backend.noisy_rows_kernel[launch_grid](
+            Window(out, first),
+            Window(rows, first, address=1 << 45),
+            ids,
+            SEED,
+            None,
+            *(0.1, 3, first_token, num_rows, num_rows, width, width, 1),
+            rows_of_tile,
+            vectors,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    finally:
+        gpu.blocks = None
+
+
+def test_more_than_two_to_the_31_elements():
+    """The last two of 2**17 + 3 rows of 2**14 columns, written from the same rows of as large a table."""
+    width, num_rows = 1 << 14, (1 << 17) + 3
+    rows = table(2, width, torch.bfloat16)
+    out = torch.empty_like(rows)
+
+    def of_last_rows(grid):
+        return [y * grid[0] + x for y in range(grid[1]) for x in range(grid[0] - 2, grid[0])]
+
+    launch_last(rows, out, num_rows, width, (num_rows - 2) * width, torch.arange(num_rows), 2**33, of_last_rows)
+    assert equal_bits(out, reference.add_noise(rows, SEED, None, 0.1, 3, 2**33 + num_rows - 2))
+
+
+def test_more_columns_than_one_dimension_of_the_grid_has():
+    """The last piece of a row of 2**29 + 8 columns lies in the third dimension."""
+    width = (1 << 29) + 8
+    _, vectors, grid = triton_backend._tile(width, 2)
+    tile = (width - 1) // (vectors * 8)
+    assert tile >= grid[0] == 65535
+    first = tile * vectors * 8
+    rows = table(1, width - first, torch.bfloat16)
+    out = torch.empty_like(rows)
+    launch_last(rows, out, 1, width, first, None, 5, lambda grid: [tile])
+    blocks = np.arange(first // 8, width // 8)
+    seed, token = SEED.item(), np.full_like(blocks, 5)
+    words = independent.philox4x32((blocks, token, 0 * token, 0 * token + 3), (seed & 0xFFFFFFFF, seed >> 32))
+    halves = np.stack(words, -1).astype(np.uint32).view(np.uint16)  # low half first
+    u = torch.from_numpy((2 * halves.astype(np.float32) + 1 - 65536) * np.float32(2.0**-16))
+    assert equal_bits(out, (rows.float() + torch.tensor(0.1) * u).bfloat16())
+
+
+def test_fusing_is_noticed():
+    """The guard of all comparisons: with Triton's own default the product and the sum would be one instruction."""
+    rows, out = table(4, 64, torch.float32), torch.empty(4, 64)
+    arguments = (out, rows, None, SEED, None, 0.1, 0, 0, 4, 4, 64, 64, 1, 32, 16)
+    try:
+        triton_backend.noisy_rows_kernel[(1, 1, 1)](*arguments, num_warps=4, enable_fp_fusion=True)
+    except Unsupported:
+        return  # it left the rounding open
+    assert not equal_bits(out, reference.add_noise(rows, SEED, None, 0.1, 0, 0))
+
+
+@pytest.mark.parametrize("length", [1, 31, 2048, 5000])
+def test_magnitudes(length):
+    """Several tiles of a row; rows in neighbouring memory do not meet."""
+    mask = (torch.arange(length) < torch.tensor([[length], [length // 3], [1], [0]])).long()
+    positions = (torch.arange(length) % 700).expand(4, length).contiguous()
+    for case in ((mask, None), (None, positions), (mask, positions)):
+        got = triton_magnitude.token_magnitude(*case, 5.0, 64)
+        expected = noise_magnitude(
+            torch.zeros(4, length), 64, 5.0, attention_mask=case[0], position_ids=case[1], backend="reference"
+        )
+        assert torch.equal(got, expected)
+        assert (gpu.launches[-1].times_written("out") == 1).all()
