@@ -11,6 +11,7 @@ round separately. ``tools/check_gpu.py`` looks at the machine code for all of th
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -96,7 +97,8 @@ def _round_to(value, dtype: tl.constexpr):
     return rounded
 
 
-@triton.jit(do_not_specialize=["stream", "first_token", "num_tokens", "num_rows"])
+# Nothing is specialized on the values of numbers: what the code may depend on is in the constants.
+@triton.jit(do_not_specialize=range(5, 13))
 def noisy_rows_kernel(
     out,  # [T, D], contiguous
     rows,  # [num_rows, D]
@@ -108,14 +110,20 @@ def noisy_rows_kernel(
     first_token,
     num_tokens,
     num_rows,
-    embedding_dim,
+    embedding_dim,  # in units, as the stride of the rows
     row_stride,
     column_stride,
+    UNIT: tl.constexpr,  # columns that a row and the distance between rows are a multiple of
+    CONTIGUOUS: tl.constexpr,  # columns lie side by side
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
+    embedding_dim = embedding_dim * UNIT
+    row_stride = row_stride * UNIT
+    if CONTIGUOUS:
+        column_stride = 1
 
     tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column_tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
@@ -163,7 +171,34 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
     return TILE_VECTORS // vectors, vectors, (min(column_tiles, _MAX_GRID_Y), -(-column_tiles // _MAX_GRID_Y))
 
 
-def _launch(
+#: Compiled kernels by all that they depend on.
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple, numbers: tuple[int | float, ...], *constants: Any
+) -> None:
+    """Launches a kernel of `tensors`, `numbers` and `constants`, which must not be specialized on its numbers' values.
+
+    To look the compiled kernel up takes Triton longer than the launch. What it depends on is little here: the types of the
+    tensors, whether they lie on 16 bytes, the constants, and, of the numbers, whether 32 bits hold them. Where they do not,
+    Triton is asked.
+    """
+    device = tensors[0].get_device()
+    described = tuple(tensor if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
+    key = (kernel, device, described, constants)
+    is_elsewhere = tensors[0].is_cuda and device != torch.cuda.current_device()
+    with torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext():
+        is_usual = max(numbers) < 1 << 31
+        if is_usual and (compiled := _compiled.get(key)) is not None:
+            compiled[grid](*tensors, *numbers, *constants)
+            return
+        compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=4, enable_fp_fusion=False)
+        if is_usual and compiled is not None:  # None: interpreted
+            _compiled[key] = compiled
+
+
+def _noisy_rows(
     out: Tensor,  # [..., D], contiguous
     rows: Tensor,  # [num_rows, D]
     input_ids: Tensor | None,
@@ -179,28 +214,30 @@ def _launch(
         return out
     if num_rows == 0:
         return out.fill_(float("nan"))
+    tensors = (
+        out,
+        rows,
+        None if input_ids is None else input_ids.contiguous(),
+        seed,
+        None if token_magnitude is None else token_magnitude.contiguous(),
+    )
+    row_stride, column_stride = rows.stride()
+    columns_of_vector = 16 // rows.element_size()
+    is_aligned = (
+        column_stride == 1
+        and embedding_dim % columns_of_vector == 0
+        and row_stride % columns_of_vector == 0
+        and out.data_ptr() % 16 == 0
+        and rows.data_ptr() % 16 == 0
+    )
+    unit = columns_of_vector if is_aligned else 1
     rows_of_tile, vectors, grid = _tile(embedding_dim, rows.element_size())
+    numbers = (
+        *(magnitude, stream, first_token, num_tokens, num_rows),
+        *(embedding_dim // unit, row_stride // unit, column_stride),
+    )
     launch_grid = (-(-num_tokens // rows_of_tile), *grid)
-    is_elsewhere = rows.is_cuda and rows.get_device() != torch.cuda.current_device()
-    with torch.cuda.device(rows.device) if is_elsewhere else contextlib.nullcontext():
-        noisy_rows_kernel[launch_grid](
-            out,
-            rows,
-            None if input_ids is None else input_ids.contiguous(),
-            seed,
-            None if token_magnitude is None else token_magnitude.contiguous(),
-            magnitude,
-            stream,
-            first_token,
-            num_tokens,
-            num_rows,
-            embedding_dim,
-            *rows.stride(),
-            rows_of_tile,
-            vectors,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    launch(noisy_rows_kernel, launch_grid, tensors, numbers, unit, column_stride == 1, rows_of_tile, vectors)
     return out
 
 
@@ -215,7 +252,7 @@ def noisy_embedding(
 ) -> Tensor:
     """See :func:`neft_kernels.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    return _launch(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token)
+    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token)
 
 
 def add_noise(
@@ -226,4 +263,4 @@ def add_noise(
     if out.numel() == 0:
         return out
     rows = embeds.reshape(-1, embeds.shape[-1])
-    return _launch(out, rows, None, seed, token_magnitude, magnitude, stream, first_token)
+    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token)

@@ -12,19 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from neft_kernels.triton_backend import launch
+
 __all__ = ["token_magnitude"]
 
 MOST_TOKENS_AT_ONCE = 2048  # of a program
 
 
-@triton.jit(do_not_specialize=["alpha_bits", "embedding_dim", "length"])
+@triton.jit(do_not_specialize=["alpha_low", "alpha_high", "embedding_dim", "length"])
 def token_magnitude_kernel(
     out,  # [B, L], fp32
     tokens_of_sequence,  # [B, L + 1], int32, zeros
     sequences,  # [B, L], int32, for the kernel's own use
     attention_mask,  # [B, L], int64, or None
     position_ids,  # [B, L], int64, or None
-    alpha_bits,  # of a float64, because Triton takes floats as float32
+    alpha_low,  # halves of a float64, because Triton takes floats as float32
+    alpha_high,
     embedding_dim,
     length,
     TILE: tl.constexpr,
@@ -60,7 +63,8 @@ def token_magnitude_kernel(
         tl.store(counts + 1, tl.sum(ones, 0))
     tl.debug_barrier()  # all of the row is counted
 
-    alpha = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)  # those of 0.0 come as an int32
+    alpha_bits = (alpha_high.to(tl.int64) << 32) | (alpha_low.to(tl.int64) & 0xFFFFFFFF)
+    alpha = alpha_bits.to(tl.float64, bitcast=True)
     last = tl.full([], -1, tl.int64)  # token that is no padding, once it is found
     tiles = tl.cdiv(length, TILE)
     for tile in range(tiles):
@@ -94,18 +98,14 @@ def token_magnitude(
     out = torch.empty(given.shape, dtype=torch.float32, device=given.device)
     if out.numel() == 0:
         return out
-    (alpha_bits,) = struct.unpack("<q", struct.pack("<d", alpha))
-    with torch.cuda.device_of(given):
-        token_magnitude_kernel[(given.numel() // length,)](
-            out,
-            torch.zeros((*leading, length + 1), dtype=torch.int32, device=given.device),
-            torch.empty(given.shape, dtype=torch.int32, device=given.device),
-            attention_mask,
-            position_ids,
-            alpha_bits,
-            embedding_dim,
-            length,
-            min(triton.next_power_of_2(length), MOST_TOKENS_AT_ONCE),
-            enable_fp_fusion=False,
-        )
+    halves = struct.unpack("<ii", struct.pack("<d", alpha))
+    tensors = (
+        out,
+        torch.zeros((*leading, length + 1), dtype=torch.int32, device=given.device),
+        torch.empty(given.shape, dtype=torch.int32, device=given.device),
+        attention_mask,
+        position_ids,
+    )
+    tile = min(triton.next_power_of_2(length), MOST_TOKENS_AT_ONCE)
+    launch(token_magnitude_kernel, (given.numel() // length, 1, 1), tensors, (*halves, embedding_dim, length), tile)
     return out

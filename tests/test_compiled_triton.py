@@ -57,9 +57,8 @@ def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
             ids,
             SEED,
             None,
-            *(0.1, 3, first_token, num_rows, num_rows, width, width, 1),
-            rows_of_tile,
-            vectors,
+            *(0.1, 3, first_token, num_rows, num_rows, width // 8, width // 8, 1),
+            *(8, True, rows_of_tile, vectors),
             num_warps=4,
             enable_fp_fusion=False,
         )
@@ -101,7 +100,7 @@ def test_more_columns_than_one_dimension_of_the_grid_has():
 def test_fusing_is_noticed():
     """The guard of all comparisons: with Triton's own default the product and the sum would be one instruction."""
     rows, out = table(4, 64, torch.float32), torch.empty(4, 64)
-    arguments = (out, rows, None, SEED, None, 0.1, 0, 0, 4, 4, 64, 64, 1, 32, 16)
+    arguments = (out, rows, None, SEED, None, 0.1, 0, 0, 4, 4, 16, 16, 1, 4, True, 32, 16)
     try:
         triton_backend.noisy_rows_kernel[(1, 1, 1)](*arguments, num_warps=4, enable_fp_fusion=True)
     except Unsupported:
@@ -130,3 +129,33 @@ def test_plain_masks_count_without_atomic_additions():
     assert gpu.launches[-1].traffic.instructions["red"] == 0
     triton_magnitude.token_magnitude(mask * 3, None, 5.0, 64)
     assert gpu.launches[-1].traffic.instructions["red"] > 0
+
+
+def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
+    """Bits and alignment are right whatever was launched before, and Triton is asked once for each kind of launch."""
+    monkeypatch.setattr(triton_backend, "_compiled", {})
+    aligned = table(20, 64, torch.float32)
+    shifted = torch.cat([torch.zeros(1), aligned.flatten()])[1:].view(20, 64)
+    narrow, wide_apart = aligned[:, :60], aligned[:, :63]
+    ids = torch.arange(7)
+    launches = [
+        (ids, aligned, None, 3),
+        (ids, shifted, None, 3),  # not on 16 bytes
+        (ids, narrow, None, 3),  # the same code as the first
+        (ids, wide_apart, None, 3),  # not whole vectors
+        (ids.int(), aligned, None, 3),
+        (ids, aligned.t().contiguous().t(), None, 3),
+        (ids, aligned, torch.rand(7), 3),
+        (ids, aligned.bfloat16(), None, 3),
+        (ids, aligned, None, 2**31),  # of 64 bits, so other code, and not kept
+    ]
+    asked = []
+    run = triton_backend.noisy_rows_kernel.run
+    monkeypatch.setattr(triton_backend.noisy_rows_kernel, "run", lambda *a, **k: asked.append(0) or run(*a, **k))
+    for _ in range(3):
+        for these_ids, rows, per_token, stream in launches:
+            out = triton_backend.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
+            assert equal_bits(out, reference.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0))
+    kept = len(launches) - 2
+    assert len(triton_backend._compiled) == kept
+    assert len(asked) == kept + 3

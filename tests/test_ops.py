@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neft_kernels import add_noise, available_backends, noisy_embedding, ops
 from neft_kernels.ops import OVERLOADS
@@ -33,11 +35,13 @@ def test_opcheck(backend):
         assert set(result.values()) == {"SUCCESS"}, (op, args)
 
 
-def test_meta_tensors():
-    out = noisy_embedding(torch.empty(3, 4, dtype=torch.int64, device="meta"), torch.empty(9, 6, device="meta"), 0.1)
+@pytest.mark.parametrize("backend", [None, *CPU_BACKENDS])
+def test_meta_tensors(backend):
+    ids, weight = torch.empty(3, 4, dtype=torch.int64, device="meta"), torch.empty(9, 6, device="meta")
+    out = noisy_embedding(ids, weight, 0.1, backend=backend)
     assert out.device.type == "meta"
     assert out.shape == (3, 4, 6)
-    assert add_noise(out, 0.1).shape == (3, 4, 6)
+    assert add_noise(out, 0.1, backend=backend).shape == (3, 4, 6)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -123,3 +127,41 @@ def test_without_the_extension_the_reference_is_chosen(monkeypatch):
     assert ops.choose_backend("cpu") == "reference"
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run here \(not built"):
         ops.choose_backend("cpu", "cpu")
+
+
+class _Names(TorchDispatchMode):
+    """Notes the ops that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_whoever_watches_ops_sees_ours(backend):
+    """Triton's implementation is called directly, but not where a mode, a profiler, a trace or a subclass would miss it."""
+    weight, ids = torch.randn(5, 4, requires_grad=True), torch.tensor([[0, 1]])
+    name = f"neft_kernels.noisy_embedding.{backend}"
+
+    def call(weight=weight):
+        return noisy_embedding(ids, weight, 0.1, seed=3, backend=backend)
+
+    expected = call()
+    is_direct = ops.implementation("noisy_embedding", backend, ids, weight) is not OVERLOADS["noisy_embedding"][backend]
+    assert is_direct == (backend == "triton")
+    with _Names() as mode:
+        assert torch.equal(call(), expected)
+    assert name in mode.names
+    with torch.profiler.profile() as profile:
+        call()
+    assert "neft_kernels::noisy_embedding" in {event.name for event in profile.events()}
+    traced = torch.jit.trace(call, (weight.detach(),), check_trace=False)
+    assert "neft_kernels::noisy_embedding" in str(traced.graph)
+    with FakeTensorMode() as fakes:
+        fake = noisy_embedding(fakes.from_tensor(ids), fakes.from_tensor(weight), 0.1, seed=3, backend=backend)
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == expected.shape
