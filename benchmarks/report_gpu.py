@@ -24,9 +24,8 @@ IN_TABLE = (
 )
 PLOTTED = "32000 x 4096"
 NOT_MEASURED = (
-    "No figure measured on a GPU stands here yet. The GPU kernels are compiled, disassembled, and run in Triton's "
-    "interpreter and in an emulation on the host, which compares them with the reference bit for bit; `make gpu` is what runs "
-    "and measures them."
+    "No figure measured on a GPU stands here yet. [Without a GPU](#without-a-gpu) says what is known of the kernels all the "
+    "same; `make gpu` is what runs and measures them."
 )
 
 
