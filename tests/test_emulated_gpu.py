@@ -84,6 +84,8 @@ CASES = {  # what is stored of thread 5, and how it is computed
     "add wraps around": (4, "add.s32 %r1, %r0, -1;"),
     "sub": (M1, "sub.s32 %r1, %r0, 6;"),
     "mul.lo": (5 * 0x10001 * 0x10001 & M1, "mul.lo.s32 %r1, %r0, 0x10001; mul.lo.s32 %r1, %r1, 0x10001;"),
+    "mul.hi is unsigned": (4, "mul.hi.u32 %r1, %r0, -1;"),
+    "mul.hi is signed": (M1, "mul.hi.s32 %r1, %r0, -1;"),
     "mul.wide is unsigned": (
         5 * M1 >> 32,
         "mul.wide.u32 %rd2, %r0, -1; shr.u64 %rd2, %rd2, 32; cvt.u32.u64 %r1, %rd2;",
