@@ -192,6 +192,11 @@ def test_matrices():
     for matrix in range(4):
         got = run(MATRICES + fill + load + store(f"%r{5 + matrix}"), shared_bytes=512)
         assert got.tolist() == [32 * matrix + lane for lane in range(32)]
+        # Transposed, row r of a matrix is its column: the halves 2 c and 2 c + 1 of it, of words that are small.
+        got = run(MATRICES + fill + load.replace("x4", "x4.trans") + store(f"%r{5 + matrix}"), shared_bytes=512)
+        halves = np.array([[[32 * matrix + 4 * row + pair, 0] for pair in range(4)] for row in range(8)]).reshape(8, 8)
+        expected = [halves[2 * c, r] | halves[2 * c + 1, r] << 16 for r in range(8) for c in range(4)]
+        assert got.tolist() == expected
     # And back: what one lane stores, the row's lane reads.
     values = "".join(f"add.s32 %r{5 + matrix}, %r0, {100 * matrix};" for matrix in range(4))
     back = (

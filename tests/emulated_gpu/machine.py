@@ -310,9 +310,14 @@ class Launch:
     def _access_matrices(self, instruction: Instruction, threads: np.ndarray) -> None:
         """Matrices of 8 x 8 half-words in shared memory. Lane 8 i + r has the address of row r of matrix i, 16 bytes; and
 
-        lane 4 r + c has the columns 2 c and 2 c + 1 of row r of every matrix, a register for each matrix.
+        lane 4 r + c has the columns 2 c and 2 c + 1 of row r of every matrix, a register for each matrix. With ``.trans``
+        a load takes the matrices as transposed.
         """
-        *how, count, space, kind = instruction.modifiers
+        *how, space, kind = (each for each in instruction.modifiers if each != "trans")
+        transposes = "trans" in instruction.modifiers
+        count = how.pop()
+        if transposes and instruction.opcode != "ldmatrix":
+            raise Unsupported("a store of transposed matrices")
         if how != ["sync", "aligned", "m8n8"] or space not in ("shared", "shared::cta") or kind != "b16":
             raise Unsupported("matrices of this kind")
         matrices = int(count.removeprefix("x"))
@@ -329,7 +334,8 @@ class Launch:
         warps = len(threads) // WARP
         if loads:  # the row is read by the lane that has its address, as far as races go
             data = memory.load(offset, 16, self._who(threads[rows]))
-            words = data.reshape(warps, matrices, 8, 16).view(np.uint32)  # [warps, matrices, rows, 4]
+            halves = np.ascontiguousarray(data).view(np.uint16).reshape(warps, matrices, 8, 8)  # rows, columns
+            words = np.ascontiguousarray(halves.swapaxes(2, 3) if transposes else halves).view(np.uint32)
             for matrix, register in enumerate(registers):
                 self._set(register, np.ascontiguousarray(words[:, matrix]).reshape(-1), threads)
         else:
