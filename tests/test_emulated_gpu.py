@@ -235,8 +235,9 @@ def test_memory_is_watched(message):
         run(body, threads=64, blocks=2, results=128 if "outside" not in message else 96, shared_bytes=256)
 
 
-def test_additions_within_a_block_are_no_race():
-    body = "ld.param.u64 %rd2, [out]; mad.wide.u32 %rd2, %r38, 0, %rd2; red.global.cta.relaxed.add.u32 [%rd2], %r0;"
+@pytest.mark.parametrize("add", ["red.global.cta.relaxed.add.u32 ", "atom.global.cta.relaxed.add.u32 %r9, "])
+def test_additions_within_a_block_are_no_race(add):
+    body = f"ld.param.u64 %rd2, [out]; mad.wide.u32 %rd2, %r38, 0, %rd2; {add}[%rd2], %r0;"
     assert run(body, threads=64, results=1).tolist() == [2016]
     with pytest.raises(MemoryFault, match="races with a write"):
         run(body + "ld.global.b32 %r1, [%rd2];", threads=64, results=1)
@@ -251,6 +252,7 @@ UNSUPPORTED = {  # what it says, and of what
     "how it rounds": "cvt.rz.f32.s32 %f1, %r0;",
     "which nothing has written": "add.s32 %r1, %r2, 1;",
     "a generic address": "ld.b32 %r1, [%rd1];",
+    "what was there before": "atom.global.cta.add.u32 %r1, [%rd0], %r0; add.s32 %r2, %r1, 1;",
     "an exchange within a part": "shfl.sync.up.b32 %r1, %r0, 1, 0, 0xFFFF;",
     "an exchange that a warp meets": "sub.s32 %r2, %r0, 16; setp.lt.u32 %p1, %r2, 32; @%p1 redux.sync.add.s32 %r1, %r0, -1;",
     "a barrier that a warp meets in parts": "setp.lt.s32 %p1, %r0, 7; @%p1 bar.sync 0;",

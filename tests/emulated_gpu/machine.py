@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,18 @@ class Traffic:
     #: Instructions executed by warps, by opcode.
     instructions: Counter = field(default_factory=Counter)
     shared_bytes: int = 0  # of a block
+
+
+def read_by(instruction: Instruction) -> Iterator[Operand]:
+    """The registers that an instruction reads, its first operand left out where that is what it writes."""
+    pending = [instruction.guard, *instruction.operands[instruction.opcode not in ("st", "red", "bra", "stmatrix") :]]
+    pending += [each for each in instruction.operands if isinstance(each, Address)]
+    while pending:
+        operand = pending.pop()
+        if isinstance(operand, tuple):
+            pending += operand
+        elif operand is not None:
+            yield operand.base if isinstance(operand, Address) else operand
 
 
 class Launch:
@@ -147,7 +159,7 @@ class Launch:
                 case "bar":
                     self._wait(instruction, threads)
                     self.at[threads] = after
-                case "ld" | "st" | "red":
+                case "ld" | "st" | "red" | "atom":
                     self._access(instruction, threads)
                 case "ldmatrix" | "stmatrix":
                     self._access_matrices(instruction, threads)
@@ -261,7 +273,7 @@ class Launch:
             if vector in modifiers:
                 modifiers.remove(vector)
                 count = int(vector[1])
-        adds = instruction.opcode == "red"
+        adds = instruction.opcode in ("red", "atom")
         if adds:
             if "cta" not in modifiers or "add" not in modifiers or kind != "u32":
                 raise Unsupported("an atomic operation of this kind")
@@ -269,6 +281,10 @@ class Launch:
         if any(not _CACHE_HINTS.fullmatch(each) for each in modifiers):
             raise Unsupported(f"the modifiers {modifiers}")
         address, data = instruction.operands[:2] if instruction.opcode != "ld" else instruction.operands[1::-1]
+        if instruction.opcode == "atom":
+            result, address, data = instruction.operands
+            if any(result in read_by(each) for each in self.kernel.instructions):
+                raise Unsupported("what was there before an addition")
         assert isinstance(address, Address)
         elements = data if isinstance(data, tuple) else (data,)
         size = NUMPY[kind].itemsize
