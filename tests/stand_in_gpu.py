@@ -226,6 +226,9 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
     def memory_stats() -> dict[str, int]:
         return {"requested_bytes.all.current": device.allocated(), "requested_bytes.all.peak": device.peak}
 
+    def missing(*_: Any) -> None:
+        raise NotImplementedError("the stand-in has no allocator; memory_stats has the bytes that tensors need")
+
     stream = Stream()
     replaced = {
         "is_available": lambda: True,
@@ -244,6 +247,8 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": reset_peak,
         "memory_stats": memory_stats,
+        # Which else would say 0.
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), missing),
         **{each.__name__: each for each in (Event, Stream, CUDAGraph)},
     }
     for each in (ops._chosen, ops.magnitude_kernel):
