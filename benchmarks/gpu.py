@@ -83,7 +83,8 @@ def interleaved(
                 samples[name].append(milliseconds)
                 late[name] += timer.host_was_behind
     behind += [name for name, times in late.items() if times > rounds / 2]
-    return {name: [round(value, 6) for value in statistics.quantiles(taken, n=4)] for name, taken in samples.items()}
+    quartiles = functools.partial(statistics.quantiles, n=4, method="inclusive")
+    return {name: [round(value, 6) for value in quartiles(taken)] for name, taken in samples.items()}
 
 
 def copy_bandwidth(timer: Timer) -> float:
@@ -275,6 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="where to write (default: %(default)s)")
     parser.add_argument("--commit", help="what the records name where this is no git checkout")
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error("there are no quartiles of fewer than 2 rounds")
     begin = time.monotonic()
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a GPU, and torch finds none here", file=sys.stderr)

@@ -241,6 +241,7 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
         "set_sync_debug_mode": lambda mode: setattr(device, "sync_debug_mode", mode),
         "device": lambda _: contextlib.nullcontext(),
         "device_of": lambda _: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: device.capturing is not None,
         "stream": lambda _: contextlib.nullcontext(),
         "current_stream": lambda: stream,
         "graph": capture,
