@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +103,7 @@ def batches(shape: Shape, distribution: str) -> list[Tensor]:  # of [1, tokens]
     return [torch.multinomial(frequency, shape.tokens, replacement=True)[None] for _ in range(8)]
 
 
-def those_that_run(attempts: dict[str, Callable[[], T]], errors: dict[str, str]) -> dict[str, T]:
+def those_that_run(attempts: Mapping[str, Callable[[], T]], errors: dict[str, str]) -> dict[str, T]:
     """What each attempt returns; the errors of the others go to `errors`, so that one does not cost the rest."""
     found: dict[str, T] = {}
     for name, attempt in attempts.items():

@@ -98,7 +98,8 @@ class Device(TorchFunctionMode):
         results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if target == CUDA:
             for each in results:
-                self.take(each)
+                if each.device.type == "cpu":  # rather than "meta"
+                    self.take(each)
         if self.capturing is not None and not self.inside_an_op and results:
             self.capturing.append((func, args, {**kwargs, **({} if here else {"device": target})}, results))
         return result
@@ -129,6 +130,8 @@ def _without_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     place = args[1] if func is Tensor.to and len(args) > 1 else kwargs.get("device")
     if isinstance(place, (str, torch.device, int)) and not isinstance(place, bool):
         target = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+        if target.type == "meta":
+            return args, target
         if target.type not in ("cuda", "cpu") or target.index:
             raise RuntimeError(f"there is no device {place} here")
         if "device" in kwargs:
@@ -213,7 +216,7 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
                 self.module = module
 
             def forward(self, *args: Tensor) -> Tensor:
-                with _pop_mode_temporarily(), mock.patch.object(torch.cuda, "is_available", lambda: False):
+                with _pop_mode_temporarily(), mock.patch.object(torch.cuda, "is_available", return_value=False):
                     result = traced(*args)
                 device.take(result)
                 return result
@@ -249,7 +252,7 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
         "reset_peak_memory_stats": reset_peak,
         "memory_stats": memory_stats,
         # Which else would say 0.
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), missing),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), missing),
         **{each.__name__: each for each in (Event, Stream, CUDAGraph)},
     }
     for each in (ops._chosen, ops.magnitude_kernel):

@@ -16,7 +16,8 @@ import torch
 from stand_in_gpu import stand_in_gpu
 
 ROOT = Path(__file__).parent.parent
-sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "tools"))
 
 import gpu
 import records
@@ -52,7 +53,9 @@ def test_the_stand_in_tells_the_device_from_the_cpu(device):
     with pytest.raises(TypeError, match="numpy"):
         there.numpy()
     with pytest.raises(NotImplementedError, match="'CUDA' backend"):
-        torch.ops.neft_kernels.add_noise.cpu(there[None], torch.zeros(1, dtype=torch.int64, device="cuda"), None, 0.1, 0, 0)
+        torch.ops.neft_kernels.add_noise.cpu(
+            there[None], torch.zeros(1, dtype=torch.int64, device="cuda"), None, 0.1, 0, 0
+        )
     with pytest.raises(NotImplementedError, match="allocator"):
         torch.cuda.memory_allocated()
 
@@ -129,7 +132,9 @@ def test_the_benchmark_records_everything(results, capsys):
             assert set(record[passes]) == VARIANTS | ({"ours, padded batch"} if passes == "forward" else set())
             assert all(0 < first <= middle <= last for first, middle, last in record[passes].values())
             assert set(record["host_behind"][passes]) == set(record[passes])  # the stand-in's device is never busy
-        assert record["host_microseconds"].keys() == record["peak_bytes_above_output"].keys() == record["forward"].keys()
+        assert (
+            record["host_microseconds"].keys() == record["peak_bytes_above_output"].keys() == record["forward"].keys()
+        )
         peak, output = record["peak_bytes_above_output"], 3 * int(record["shape"].split()[2].rstrip(",")) * 2
         assert peak["plain"] == 0
         assert peak["ours"] == 8  # the seed
@@ -251,7 +256,9 @@ def test_the_records_are_drawn(results, monkeypatch):
         monkeypatch.setattr(module, name, value)
     report_gpu.main()
     lines = readme.read_text().splitlines()
-    assert re.match(r"\| 40 x 32, 3 tokens, bfloat16 \| [\d.]+ \| \*\*[\d.e+]+\*\* \| [\d.]+ \| — \| .* \| — \| ", lines[3])
+    assert re.match(
+        r"\| 40 x 32, 3 tokens, bfloat16 \| [\d.]+ \| \*\*[\d.e+]+\*\* \| [\d.]+ \| — \| .* \| — \| ", lines[3]
+    )
     assert lines[4].startswith("| 40 x 32, 3 tokens, float32 |")
     assert (results / "gpu.png").stat().st_size > 10_000
 
@@ -290,7 +297,11 @@ def test_the_tests_on_a_gpu(name, backend):
 
 def test_the_makefile_names_files_that_there_are():
     shown = subprocess.run(
-        ["make", "-n", "gpu", "GPU_PYTHON=python3", "GPU_BENCH=--quick"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "gpu", "GPU_PYTHON=python3", "GPU_BENCH=--quick"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.replace("\\\n", " ")
     commands = [shlex.split(line) for line in shown.splitlines()]
     files = [word for command in commands for word in command if word.endswith((".py", ".jsonl"))]

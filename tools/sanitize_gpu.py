@@ -39,7 +39,8 @@ def check_backend(backend: str) -> int:
     bad[1, 2], bad[2, 3] = 31, -1
     of_tokens = torch.rand(ids.shape) * (ids % 2)
     # Kinds of ids and magnitudes take turns, because a compilation for each combination would take most of the time.
-    kinds = itertools.cycle(itertools.product((ids, ids.int(), ids.t(), bad), (0.1, of_tokens)))
+    magnitudes: tuple[float | Tensor, ...] = (0.1, of_tokens)
+    kinds = itertools.cycle(itertools.product((ids, ids.int(), ids.t(), bad), magnitudes))
     for dtype in DTYPES:
         for width in WIDTHS:
             for weight in tables(width, dtype):
