@@ -15,16 +15,17 @@ import pytest
 import torch
 from stand_in_gpu import stand_in_gpu
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-sys.path.append(str(ROOT / "tools"))
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
 import gpu
+import gpu_timing
 import records
 import sanitize_gpu
 import test_gpu
 import variants
 
+ROOT = Path(__file__).parent.parent
 VARIANTS = {"plain", "hook", "hook, compiled", "rand_like, compiled", "ours", "ours, cuda"}
 
 
@@ -97,17 +98,17 @@ def test_the_stand_in_counts_the_bytes_that_tensors_need():
 @pytest.fixture
 def results(monkeypatch, tmp_path):
     """Where the benchmark writes; it has little to do."""
-    for name, value in {
-        "TABLES": ((40, 32), (20, 8)),
-        "TOKENS": (3,),
-        "CACHE_FLUSH_BYTES": 1000,
-        "COPY_BYTES": 1000,
-        "WARM_UP_ROUNDS": 1,
-        "HOST_QUEUES": 1,
-        "HOST_CALLS": 1,
-        "REPLAYS": 1,
-    }.items():
-        monkeypatch.setattr(gpu, name, value)
+    for module, name, value in (
+        (gpu, "TABLES", ((40, 32), (20, 8))),
+        (gpu, "TOKENS", (3,)),
+        (gpu_timing, "CACHE_FLUSH_BYTES", 1000),
+        (gpu_timing, "COPY_BYTES", 1000),
+        (gpu_timing, "WARM_UP_ROUNDS", 1),
+        (gpu_timing, "HOST_QUEUES", 1),
+        (gpu_timing, "HOST_CALLS", 1),
+        (gpu_timing, "REPLAYS", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results of the repository")
     return tmp_path / "results"
 
