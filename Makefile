@@ -10,13 +10,22 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*)
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-all test-deepspeed test-gpu install bench gpu bench-gpu sanitize-gpu randomness effect plots lint check-gpu clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install bench gpu bench-gpu sanitize-gpu randomness effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
 
-test: $(INSTALLED)  ## the test suite; of the architectures of transformers a sample
+test: test-suite test-emulated  ## the test suite, then Triton's kernels once more, compiled
+
+test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Triton's kernels are interpreted
 	$(BIN)/python -m pytest --numprocesses 2
+
+CAPABILITY ?= 90
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
+
+test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
+	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --numprocesses 2 -k "triton or gpu_programs" \
+		$(EMULATED_TESTS) tests/test_gpu_programs.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
 	$(BIN)/python -m pytest --numprocesses 2 --all-architectures

@@ -35,13 +35,15 @@ def token_magnitude_kernel(
     columns = tl.arange(0, TILE)
 
     runs = tl.full([], 0, tl.int64)  # that have ended
+    ones = tl.full([TILE], 0, tl.int32)  # tokens of sequence 1, which is all that most masks know
     for begin in range(0, length, TILE):
         token = begin + columns
         inside = token < length
         if position_ids is None:
             numbers = tl.load(attention_mask + first + token, mask=inside, other=0)
             sequence = tl.minimum(tl.maximum(numbers, 0), length)
-            present = numbers > 0
+            ones += (sequence == 1).to(tl.int32)
+            present = sequence > 1
         else:
             here = tl.load(position_ids + first + token, mask=inside, other=0)
             before = tl.load(position_ids + first + token - 1, mask=inside & (token > 0), other=0)
@@ -54,6 +56,8 @@ def token_magnitude_kernel(
         tl.store(sequences + first + token, sequence.to(tl.int32), mask=inside)
         # No other program has to do with the row, so the additions need no order but that of the barrier.
         tl.atomic_add(counts + sequence, 1, mask=present, sem="relaxed", scope="cta")
+    if position_ids is None:
+        tl.store(counts + 1, tl.sum(ones, 0))
     tl.debug_barrier()  # all of the row is counted
 
     alpha = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)  # those of 0.0 come as an int32

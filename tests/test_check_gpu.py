@@ -110,6 +110,7 @@ BAD = {
     "`DFMA": (GOOD_SASS + "/*0070*/ DFMA R6, R6, R8, R10 ;", GOOD_USAGE),
     "`HFMA2": (GOOD_SASS + "/*0070*/ HFMA2.BF16_V2 R6, R6, R8, R10 ;", GOOD_USAGE),
     "subnormal": (GOOD_SASS + "/*0070*/ FMUL.FTZ R7, R7, R8 ;", GOOD_USAGE),
+    "waits": (GOOD_SASS + "/*0070*/ MEMBAR.SC.GPU ;", GOOD_USAGE),
     "shared memory": (GOOD_SASS, GOOD_USAGE.replace("SHARED:0", "SHARED:2048")),
     "spills 8": (GOOD_SASS, GOOD_USAGE.replace("STACK:0", "STACK:8")),
     "spills 16": (GOOD_SASS + "/*0070*/ STL.128 [R1], R4 ;", GOOD_USAGE),

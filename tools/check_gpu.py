@@ -5,9 +5,9 @@
 
 Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
 that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
-a kernel spills registers, fuses a product and a sum of the noise or takes subnormal numbers for zero, and, where rows are
-aligned, if it uses shared memory, accesses rows in less than 16 bytes at a time, or needs more registers or more integer
-multiplications than it should.
+a kernel spills registers, fuses a product and a sum of the noise, takes subnormal numbers for zero or has a memory fence,
+and, where rows are aligned, if it uses shared memory, accesses rows in less than 16 bytes at a time, or needs more registers
+or more integer multiplications than it should.
 """
 
 import argparse
@@ -73,6 +73,8 @@ def complaints(kernel: Kernel, max_registers: int, max_multiplies: float) -> Ite
         yield f"fuses a multiply-add {len(code.fused)} times, as in `{code.fused[0]}`: the noise rounds twice"
     if code.flushing:
         yield f"takes subnormal numbers for zero, as in `{code.flushing[0]}`"
+    if code.fences:
+        yield f"waits for its memory accesses to be seen, as in `{code.fences[0]}`"
     if kernel.unaligned:
         return  # right, but not fast
     if code.shared_bytes:
@@ -173,7 +175,7 @@ def check_triton(target_name: str, dtype_name: str, width: int, options: dict[st
 
 
 def check_magnitude(target_name: str) -> list[str]:
-    """What is wrong with the kernel for magnitudes, which is no budget's matter: it has to compile, and not to spill."""
+    """What is wrong with the kernel for magnitudes, which has no budget: it has to compile, and neither spill nor wait."""
     import torch
 
     from neft_kernels import triton_magnitude
@@ -184,6 +186,8 @@ def check_magnitude(target_name: str) -> list[str]:
         (code,) = machine_code(target_name, partial(triton_magnitude.token_magnitude, mask, positions, 5.0, 4096), {})
         if code.spill_bytes:
             found.append(f"triton token_magnitude for {target_name} ({name}) spills {code.spill_bytes} bytes")
+        if code.fences:
+            found.append(f"triton token_magnitude for {target_name} ({name}) waits, as in `{code.fences[0]}`")
     return found
 
 

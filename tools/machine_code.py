@@ -46,6 +46,8 @@ class MachineCode:
     fused: list[str] = field(default_factory=list)
     #: Products and sums that take subnormal numbers for zero.
     flushing: list[str] = field(default_factory=list)
+    #: Waits until other threads see what was written, on the whole device or beyond.
+    fences: list[str] = field(default_factory=list)
 
 
 def _width(opcode: str) -> int:
@@ -82,6 +84,8 @@ def from_sass(sass: str, resource_usage: str) -> MachineCode:
             code.stores[_width(opcode)] += 1
         elif name in ("LDL", "STL"):
             code.spill_bytes += _width(opcode) // 8
+        elif name in ("MEMBAR", "CCTL"):
+            code.fences.append(instruction)
         if _is_fused_noise(opcode, instruction):
             code.fused.append(instruction)
         if name in _ARITHMETIC_SASS and "FTZ" in opcode:
@@ -106,6 +110,8 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
             (code.loads if memory[1] == "load" else code.stores)[_AMDGCN_BITS[memory[2].split("_")[0]]] += 1
         if (operation := _FUSED_AMDGCN.match(opcode)) and not _SUM_AMDGCN.match(instruction):
             fused += [instruction] * (2 if operation[1] else 1)
+        if opcode.startswith(("buffer_wbl2", "buffer_inv", "buffer_wbinvl1")):
+            code.fences.append(instruction)
     # Registers hold the constants here. So the exact ones are counted in the IR, and what is more comes from fusing.
     exact = sum(int(lanes or 1) for lanes in _HALF_TO_UNIFORM_IR.findall(ir))
     code.fused = fused[exact:]

@@ -209,25 +209,24 @@ def compute(opcode: str, modifiers: tuple[str, ...], operands: list[np.ndarray])
     """The result of an instruction on operands that have the types of :func:`operand_types`."""
     name = ".".join((opcode, *modifiers))
     kind = modifiers[-1]
-    with np.errstate(all="ignore"):
-        if name in _ON_PAIRS:
-            return _pairs(_ON_PAIRS[name])(*operands)
-        if name == "add.rn.f32.f16":
-            return operands[0].astype(np.float32) + operands[1]
-        if opcode == "cvt":
-            return (_convert_pair if len(operands) == 2 else _convert)(modifiers, *operands)
-        if opcode == "setp" and len(modifiers) == 2:
-            return _compare(modifiers, *operands)
-        if opcode == "selp":
-            return np.where(operands[2], operands[0], operands[1])
-        if opcode in ("shl", "shr") and len(modifiers) == 1:
-            return (_shift_left if opcode == "shl" else _shift_right)(*operands)
-        if opcode == "bfe":
-            return _bit_field(*operands)
-        if opcode in ("mul", "mad") and modifiers[:-1] == ("wide",):
-            product = operands[0].astype(NUMPY[_WIDER[kind]]) * operands[1].astype(NUMPY[_WIDER[kind]])
-            return product if opcode == "mul" else product + operands[2]
-        types, operation = _SAME_TYPE.get(".".join((opcode, *modifiers[:-1])), (set(), None))
-        if operation is None or kind not in types:
-            raise Unsupported(f"the instruction {name}")
-        return operation(*operands)
+    if name in _ON_PAIRS:
+        return _pairs(_ON_PAIRS[name])(*operands)
+    if name == "add.rn.f32.f16":
+        return operands[0].astype(np.float32) + operands[1]
+    if opcode == "cvt":
+        return (_convert_pair if len(operands) == 2 else _convert)(modifiers, *operands)
+    if opcode == "setp" and len(modifiers) == 2:
+        return _compare(modifiers, *operands)
+    if opcode == "selp":
+        return np.where(operands[2], operands[0], operands[1])
+    if opcode in ("shl", "shr") and len(modifiers) == 1:
+        return (_shift_left if opcode == "shl" else _shift_right)(*operands)
+    if opcode == "bfe":
+        return _bit_field(*operands)
+    if opcode in ("mul", "mad") and modifiers[:-1] == ("wide",):
+        product = operands[0].astype(NUMPY[_WIDER[kind]]) * operands[1].astype(NUMPY[_WIDER[kind]])
+        return product if opcode == "mul" else product + operands[2]
+    types, operation = _SAME_TYPE.get(".".join((opcode, *modifiers[:-1])), (set(), None))
+    if operation is None or kind not in types:
+        raise Unsupported(f"the instruction {name}")
+    return operation(*operands)

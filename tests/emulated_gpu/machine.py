@@ -106,6 +106,10 @@ class Launch:
     # --- control -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Traffic:
+        with np.errstate(all="ignore"):
+            return self._run()
+
+    def _run(self) -> Traffic:
         while True:
             running = self.state == RUNNING
             if not running.any():
@@ -125,6 +129,7 @@ class Launch:
     def _run_until_branch(self, index: int, active: np.ndarray) -> None:
         """Runs the `active` threads from instruction `index` to where others may join or leave them."""
         instructions = self.kernel.instructions
+        all_warps = self._warps(active)
         while True:
             if index == len(instructions):
                 self.state[active] = EXITED
@@ -136,6 +141,8 @@ class Launch:
                 holds = self._register(instruction.guard, active)
                 threads = active[~holds if instruction.guard_negated else holds]
             if len(threads):
+                warps = all_warps if len(threads) == len(active) else self._warps(threads)
+                self.traffic.instructions[instruction.opcode] += warps
                 self._execute(instruction, threads, index)
             if instruction.opcode in _BRANCHES:
                 self.at[np.setdiff1d(active, threads, assume_unique=True)] = index
@@ -144,9 +151,11 @@ class Launch:
                 self.at[active] = index
                 return
 
-    def _execute(self, instruction: Instruction, threads: np.ndarray, after: int) -> None:
+    def _warps(self, threads: np.ndarray) -> int:
         warps = self.warp_of[threads]  # in order, as the threads are
-        self.traffic.instructions[instruction.opcode] += 1 + int(np.count_nonzero(warps[1:] != warps[:-1]))
+        return 1 + int(np.count_nonzero(warps[1:] != warps[:-1]))
+
+    def _execute(self, instruction: Instruction, threads: np.ndarray, after: int) -> None:
         opcode, modifiers = instruction.opcode, instruction.modifiers
         try:
             match opcode:
@@ -234,12 +243,13 @@ class Launch:
         dtype = np.dtype(bool) if size == 1 else np.dtype(f"u{size // 8}")
         if bits.dtype != dtype:
             bits = bits.astype(dtype)
-        if operand.name not in self.registers:
-            self.registers[operand.name] = np.zeros(self.count, dtype)
-        if len(threads) == self.count:
-            self.registers[operand.name] = np.array(np.broadcast_to(bits, self.count))
-        else:
-            self.registers[operand.name][threads] = bits
+        if len(threads) < self.count:
+            # A new array, because another register may share the old one.
+            before = self.registers.get(operand.name)
+            whole = np.zeros(self.count, dtype) if before is None else before.copy()
+            whole[threads] = bits
+            bits = whole
+        self.registers[operand.name] = bits if len(bits) == self.count else np.full(self.count, bits[0])
 
     def _move(self, instruction: Instruction, threads: np.ndarray) -> None:
         """Registers, constants, addresses, and vectors of small registers as one large one and back."""
