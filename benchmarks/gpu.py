@@ -185,7 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     timer = Timer()
     ceiling = copy_bandwidth(timer)
     print(f"{torch.cuda.get_device_name()}: a copy moves {ceiling / 1e12:.2f} TB/s, read and written", flush=True)
-    print(f"commit {commit}: {len(left)} comparisons, {len(done)} are recorded already", flush=True)
+    print({**records.environment(), "commit": commit})
+    print(f"{len(left)} comparisons, {len(done)} are recorded already", flush=True)
     failed = 0
     for number, (shape, distribution) in enumerate(left):
         if time.monotonic() - begin > options.minutes * 60:

@@ -2,7 +2,7 @@
 
 import datetime
 import functools
-import importlib.metadata
+import importlib.util
 import json
 import platform
 import shutil
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         "backends": [f"{each.name}: {each.detail}" for each in neft_kernels.available_backends() if each.devices],
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **({"driver": driver(), "triton": importlib.metadata.version("triton")} if gpu else {}),
+        **({"driver": driver(), "triton": triton_version()} if gpu else {}),
     }
 
 
@@ -50,8 +50,16 @@ def driver() -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
-    return lines[0] if lines else "unknown"
+    answer = subprocess.run(query, capture_output=True, text=True)
+    return answer.stdout.split()[0] if answer.returncode == 0 and answer.stdout.strip() else "unknown"
+
+
+def triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
 
 
 def cpu_name() -> str:
