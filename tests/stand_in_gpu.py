@@ -255,14 +255,20 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
         **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), missing),
         **{each.__name__: each for each in (Event, Stream, CUDAGraph)},
     }
-    for each in (ops._chosen, ops.magnitude_kernel):
-        (each.clear if isinstance(each, dict) else each.cache_clear)()
-    with (
-        mock.patch.multiple(torch.cuda, **replaced),
-        mock.patch.multiple(ops, _INTERPRET_TRITON=False, _cuda_extension=ops._cpu_extension),
-        mock.patch.object(torch, "compile", compiled),
-        device,
-    ):
-        yield device
-    for each in (ops._chosen, ops.magnitude_kernel):
-        (each.clear if isinstance(each, dict) else each.cache_clear)()
+    _forget_choices()
+    try:
+        with (
+            mock.patch.multiple(torch.cuda, **replaced),
+            mock.patch.multiple(ops, _INTERPRET_TRITON=False, _cuda_extension=ops._cpu_extension),
+            mock.patch.object(torch, "compile", compiled),
+            device,
+        ):
+            yield device
+    finally:
+        _forget_choices()
+
+
+def _forget_choices() -> None:
+    """Of backends, which depend on the devices that there are."""
+    ops._chosen.clear()
+    ops.magnitude_kernel.cache_clear()

@@ -159,10 +159,6 @@ def test_all_comparisons_are_made_the_quick_ones_first():
     quick, everything = gpu.comparisons(quick=True), gpu.comparisons(quick=False)
     assert everything[: len(quick)] == quick
     assert len(everything) == len(set(everything)) == len(gpu.TABLES) * len(gpu.TOKENS) * len(gpu.KINDS)
-    report = pytest.importorskip("report_gpu") if "matplotlib" in sys.modules else None
-    shapes = [str(shape) for shape, _ in quick]
-    assert "32000 x 4096, 128 tokens, bfloat16" in shapes
-    assert report is None or set(report.IN_TABLE) <= set(shapes)
 
 
 def failing(*_):
@@ -236,8 +232,7 @@ def test_each_comparison_is_compiled_for_its_own_shape(monkeypatch):
 
 
 def test_the_records_are_drawn(results, monkeypatch):
-    pytest.importorskip("matplotlib")
-    import report_gpu
+    import report_gpu  # which needs matplotlib, as machines with a GPU need not
 
     results.parent.mkdir(exist_ok=True)
     readme = results.parent / "README.md"
