@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
+# Extensions are built in place, and what is timed wants the machine to itself.
+.NOTPARALLEL:
+
 .PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install bench gpu bench-gpu sanitize-gpu randomness effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
@@ -21,7 +24,8 @@ CAPABILITY ?= 90
 EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
-	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --numprocesses 2 -k triton $(EMULATED_TESTS)
+	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --numprocesses 2 -k "triton or gpu_programs" \
+		$(EMULATED_TESTS) tests/test_gpu_programs.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
 	$(BIN)/python -m pytest --numprocesses 2 --all-architectures
@@ -43,13 +47,17 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
 	layout.py watching.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
 
-test-gpu:  ## on a GPU: build both extensions in place, then all tests that such a machine can run
-	NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q -k "not peft and not trainer" $(GPU_TESTS)
+GPU_BUILD ?= 1
+
+test-gpu:  ## on a GPU: build both extensions in place (GPU_BUILD=0: they are there), then all tests that such a machine can run
+	$(if $(filter 1,$(GPU_BUILD)),NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q -k "not peft and not trainer" $(GPU_PYTEST) $(GPU_TESTS)
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all --tool
 
+# The first run compiles what the others find in Triton's cache.
 sanitize-gpu:  ## on a GPU, after test-gpu: the kernels under compute-sanitizer: bounds, uninitialised memory, races
+	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_gpu.py
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) memcheck $(GPU_PYTHON) tools/sanitize_gpu.py
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) initcheck $(GPU_PYTHON) tools/sanitize_gpu.py
 	PYTHONPATH=. $(SANITIZER) racecheck $(GPU_PYTHON) tools/sanitize_gpu.py
@@ -58,7 +66,7 @@ sanitize-gpu:  ## on a GPU, after test-gpu: the kernels under compute-sanitizer:
 bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl, from which make plots draws anywhere
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
 
-gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show; GPU_BENCH=--quick for fewer shapes
+gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show, with -k also after a failure; GPU_BENCH=--quick
 
 randomness: $(INSTALLED)  ## is the noise random? appends to benchmarks/results/randomness.jsonl; BATTERY=1: dieharder too
 	$(BIN)/python benchmarks/randomness.py

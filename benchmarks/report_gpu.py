@@ -30,8 +30,13 @@ NOT_MEASURED = (
 
 
 def newest(distribution: str) -> dict[str, Record]:
-    """The newest record of each shape, by shape."""
-    return {record["shape"]: record for record in records.load("gpu") if record["ids"] == distribution}
+    """The newest record of each shape on the device that was measured last, by shape; of comparisons that did not fail."""
+    found = [record for record in records.load("gpu") if record["ids"] == distribution and "forward" in record]
+    return {record["shape"]: record for record in found if record["device"] == found[-1]["device"]}
+
+
+def is_plotted(shape: str) -> bool:
+    return shape.startswith(PLOTTED) and shape.endswith("bfloat16")
 
 
 def share_of_copy(record: Record, variant: str) -> float:
@@ -56,11 +61,12 @@ def table(found: dict[str, Record]) -> str:
     for shape in (shape for shape in IN_TABLE if shape in found):
         record = found[shape]
         median = {name: values[1] * 1e3 for name, values in record["forward"].items()}
+        hooks = [median.get(name) for name in ("hook", "hook, compiled")]  # None: left out, because it failed
+        times = ["—" if time is None else f"{time:.3g}" for time in hooks]
+        ratios = ["—" if time is None else f"{time / median['ours']:.1f}" for time in hooks]
         rows.append(
-            f"| {shape} | {median['plain']:.3g} | **{median['ours']:.3g}** | {median['hook']:.3g} | "
-            f"{median['hook, compiled']:.3g} | {median['ours'] / median['plain']:.2f} | "
-            f"{median['hook'] / median['ours']:.1f} | {median['hook, compiled'] / median['ours']:.1f} | "
-            f"{share_of_copy(record, 'ours'):.0%} |"
+            f"| {shape} | {median['plain']:.3g} | **{median['ours']:.3g}** | {' | '.join(times)} | "
+            f"{median['ours'] / median['plain']:.2f} | {' | '.join(ratios)} | {share_of_copy(record, 'ours'):.0%} |"
         )
     any_record = next(iter(found.values()))
     rows += [
@@ -77,23 +83,21 @@ def table(found: dict[str, Record]) -> str:
 def plot(found: dict[str, Record], to: Path) -> None:
     """Time against tokens, and the share of a copy's bandwidth."""
     series = sorted(
-        (record for shape, record in found.items() if shape.startswith(PLOTTED) and shape.endswith("bfloat16")),
+        (record for shape, record in found.items() if is_plotted(shape)),
         key=_tokens,
     )
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), dpi=160)
-    xs = [_tokens(record) for record in series]
     for name in ("hook", "hook, compiled", "ours", "plain"):
-        low, middle, high = zip(*(record["forward"][name] for record in series), strict=True)
-        left.plot(xs, middle, marker="o", markersize=4, color=COLOURS[name], label=LABELS[name], linewidth=1.8)
+        measured = [record for record in series if name in record["forward"]]
+        if not measured:
+            continue
+        xs = [_tokens(record) for record in measured]
+        low, middle, high = zip(*(record["forward"][name] for record in measured), strict=True)
+        style = {"marker": "o", "markersize": 4, "color": COLOURS[name], "linewidth": 1.8}
+        left.plot(xs, middle, label=LABELS[name], **style)
         left.fill_between(xs, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
-        right.plot(
-            xs,
-            [share_of_copy(record, name) for record in series],
-            marker="o",
-            markersize=4,
-            color=COLOURS[name],
-            linewidth=1.8,
-        )
+        right.plot(xs, [share_of_copy(record, name) for record in measured], **style)
+    xs = [_tokens(record) for record in series]
     left.set_yscale("log")
     left.set_ylabel("milliseconds, median and quartiles")
     right.set_ylabel("share of a copy's bandwidth")
@@ -113,7 +117,7 @@ def plot(found: dict[str, Record], to: Path) -> None:
 
 def main() -> None:
     found = newest("uniform")
-    if found:
+    if any(is_plotted(shape) for shape in found):
         plot(found, RESULTS / "gpu.png")
     write_section(README, "gpu", table(found) if found else NOT_MEASURED)
 

@@ -1,5 +1,6 @@
 """What is compared: the plain embedding, NEFTune as transformers does it (eager and compiled), and ours."""
 
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,32 +35,51 @@ class Shape:
         return self.tokens * self.embedding_dim
 
 
-def training_modules(weight: Tensor, compiled: bool = True) -> dict[str, nn.Module]:
-    """The variants by name, each a module in training mode on the same table."""
+def builders(weight: Tensor, compiled: bool = True) -> dict[str, Callable[[], nn.Module]]:
+    """How to build each variant, by name: a module in training mode on the table `weight`, which all of them share.
+
+    What was compiled before is forgotten: torch.compile makes the shapes of a function's later compilations dynamic and,
+    after eight of them, runs it as it is; so each comparison gets the graphs of its own shape.
+    """
     size = (weight.shape[0], weight.shape[1])
-    plain = nn.Embedding(*size, _weight=weight)
-    hook = nn.Embedding(*size, _weight=weight)
-    hook.neftune_noise_alpha = ALPHA  # type: ignore[assignment]
-    hook.register_forward_hook(neftune_post_forward_hook)
-    modules: dict[str, nn.Module] = {
-        "plain": plain,
-        "hook": hook,
-        "ours": NEFTuneEmbedding(*size, _weight=weight, alpha=ALPHA),
+    found: dict[str, Callable[[], nn.Module]] = {
+        "plain": lambda: nn.Embedding(*size, _weight=weight),
+        "hook": lambda: _hooked(weight),
+        "ours": lambda: NEFTuneEmbedding(*size, _weight=weight, alpha=ALPHA),
     }
     if compiled:
-        modules["hook, compiled"] = cast(nn.Module, torch.compile(hook))
-        modules["rand_like, compiled"] = cast(nn.Module, torch.compile(_RandLike(weight)))
+        torch._dynamo.reset()
+        found["hook, compiled"] = lambda: cast(nn.Module, torch.compile(_hooked(weight)))
+        found["rand_like, compiled"] = lambda: cast(nn.Module, torch.compile(_RandLike(weight)))
     if weight.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
-        from liger_kernel.transformers.experimental.embedding import LigerEmbedding
-
-        modules["plain, Liger"] = LigerEmbedding(*size)
-        modules["plain, Liger"].weight = nn.Parameter(weight)
+        found["plain, Liger"] = lambda: _liger(weight)
     for backend in available_backends():
         if backend.name != "reference" and weight.device.type in set(backend.devices) - set(backend.chosen_for):
-            modules[f"ours, {backend.name}"] = NEFTuneEmbedding(
-                *size, _weight=weight, alpha=ALPHA, backend=backend.name
+            found[f"ours, {backend.name}"] = functools.partial(
+                NEFTuneEmbedding, *size, _weight=weight, alpha=ALPHA, backend=backend.name
             )
-    return modules
+    return found
+
+
+def training_modules(weight: Tensor, compiled: bool = True) -> dict[str, nn.Module]:
+    """The variants by name, see :func:`builders`."""
+    return {name: build() for name, build in builders(weight, compiled).items()}
+
+
+def _hooked(weight: Tensor) -> nn.Module:
+    """NEFTune as transformers does it."""
+    hook = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
+    hook.neftune_noise_alpha = ALPHA  # type: ignore[assignment]
+    hook.register_forward_hook(neftune_post_forward_hook)
+    return hook
+
+
+def _liger(weight: Tensor) -> nn.Module:
+    from liger_kernel.transformers.experimental.embedding import LigerEmbedding
+
+    module: nn.Module = LigerEmbedding(weight.shape[0], weight.shape[1])
+    module.weight = nn.Parameter(weight)
+    return module
 
 
 class _RandLike(nn.Module):
@@ -97,20 +117,20 @@ def forwards(shape: Shape, compiled: bool = True) -> dict[str, Callable[[], Tens
 
 
 def verify(modules: Mapping[str, Callable[[Tensor], Tensor]], ids: Tensor, weight: Tensor) -> None:
-    """Nothing is timed whose result is wrong: ours equals the reference bit for bit, the hook's noise is within its bound."""
-    torch.manual_seed(0)
-    got = modules["ours"](ids)
-    torch.manual_seed(0)
+    """Nothing is timed whose result is wrong: ours equals the reference bit for bit, others' noise is within its bound."""
     magnitude = noise_magnitude(ids, weight.shape[1], ALPHA)
-    assert torch.equal(got, noisy_embedding(ids, weight, magnitude, backend="reference")), (
-        "ours differs from the reference"
-    )
-    rows = nn.functional.embedding(ids, weight)
     assert isinstance(magnitude, float)
+    rows = nn.functional.embedding(ids, weight)
     # One unit in the last place of the largest row element, for the rounding of the sum.
     bound = magnitude + rows.abs().max().item() * torch.finfo(weight.dtype).eps
     for name, module in modules.items():
-        difference = (module(ids) - rows).abs().max().item()
+        torch.manual_seed(0)
+        got = module(ids)
+        if name.startswith("ours"):
+            torch.manual_seed(0)
+            expected = noisy_embedding(ids, weight, magnitude, backend="reference")
+            assert torch.equal(got, expected), f"{name} differs from the reference"
+        difference = (got - rows).abs().max().item()
         assert difference == 0 if name.startswith("plain") else 0 < difference <= bound, (
             f"{name} is off by {difference}"
         )

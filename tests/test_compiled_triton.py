@@ -122,13 +122,18 @@ def test_magnitudes(length):
         assert (gpu.launches[-1].times_written("out") == 1).all()
 
 
+def additions(launch):
+    """Atomic ones; some versions of Triton ask for the old values as well, which nobody reads."""
+    return launch.traffic.instructions["red"] + launch.traffic.instructions["atom"]
+
+
 def test_plain_masks_count_without_atomic_additions():
     """Which would all meet at one address; packed rows spread theirs."""
     mask = (torch.arange(5000) < torch.tensor([[5000], [1700], [1], [0]])).long()
     triton_magnitude.token_magnitude(mask, None, 5.0, 64)
-    assert gpu.launches[-1].traffic.instructions["red"] == 0
+    assert additions(gpu.launches[-1]) == 0
     triton_magnitude.token_magnitude(mask * 3, None, 5.0, 64)
-    assert gpu.launches[-1].traffic.instructions["red"] > 0
+    assert additions(gpu.launches[-1]) > 0
 
 
 def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):

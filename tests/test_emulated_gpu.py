@@ -84,6 +84,8 @@ CASES = {  # what is stored of thread 5, and how it is computed
     "add wraps around": (4, "add.s32 %r1, %r0, -1;"),
     "sub": (M1, "sub.s32 %r1, %r0, 6;"),
     "mul.lo": (5 * 0x10001 * 0x10001 & M1, "mul.lo.s32 %r1, %r0, 0x10001; mul.lo.s32 %r1, %r1, 0x10001;"),
+    "mul.hi is unsigned": (4, "mul.hi.u32 %r1, %r0, -1;"),
+    "mul.hi is signed": (M1, "mul.hi.s32 %r1, %r0, -1;"),
     "mul.wide is unsigned": (
         5 * M1 >> 32,
         "mul.wide.u32 %rd2, %r0, -1; shr.u64 %rd2, %rd2, 32; cvt.u32.u64 %r1, %rd2;",
@@ -190,6 +192,11 @@ def test_matrices():
     for matrix in range(4):
         got = run(MATRICES + fill + load + store(f"%r{5 + matrix}"), shared_bytes=512)
         assert got.tolist() == [32 * matrix + lane for lane in range(32)]
+        # Transposed, row r of a matrix is its column: the halves 2 c and 2 c + 1 of it, of words that are small.
+        got = run(MATRICES + fill + load.replace("x4", "x4.trans") + store(f"%r{5 + matrix}"), shared_bytes=512)
+        halves = np.array([[[32 * matrix + 4 * row + pair, 0] for pair in range(4)] for row in range(8)]).reshape(8, 8)
+        expected = [halves[2 * c, r] | halves[2 * c + 1, r] << 16 for r in range(8) for c in range(4)]
+        assert got.tolist() == expected
     # And back: what one lane stores, the row's lane reads.
     values = "".join(f"add.s32 %r{5 + matrix}, %r0, {100 * matrix};" for matrix in range(4))
     back = (
@@ -228,8 +235,9 @@ def test_memory_is_watched(message):
         run(body, threads=64, blocks=2, results=128 if "outside" not in message else 96, shared_bytes=256)
 
 
-def test_additions_within_a_block_are_no_race():
-    body = "ld.param.u64 %rd2, [out]; mad.wide.u32 %rd2, %r38, 0, %rd2; red.global.cta.relaxed.add.u32 [%rd2], %r0;"
+@pytest.mark.parametrize("add", ["red.global.cta.relaxed.add.u32 ", "atom.global.cta.relaxed.add.u32 %r9, "])
+def test_additions_within_a_block_are_no_race(add):
+    body = f"ld.param.u64 %rd2, [out]; mad.wide.u32 %rd2, %r38, 0, %rd2; {add}[%rd2], %r0;"
     assert run(body, threads=64, results=1).tolist() == [2016]
     with pytest.raises(MemoryFault, match="races with a write"):
         run(body + "ld.global.b32 %r1, [%rd2];", threads=64, results=1)
@@ -244,6 +252,7 @@ UNSUPPORTED = {  # what it says, and of what
     "how it rounds": "cvt.rz.f32.s32 %f1, %r0;",
     "which nothing has written": "add.s32 %r1, %r2, 1;",
     "a generic address": "ld.b32 %r1, [%rd1];",
+    "what was there before": "atom.global.cta.add.u32 %r1, [%rd0], %r0; add.s32 %r2, %r1, 1;",
     "an exchange within a part": "shfl.sync.up.b32 %r1, %r0, 1, 0, 0xFFFF;",
     "an exchange that a warp meets": "sub.s32 %r2, %r0, 16; setp.lt.u32 %p1, %r2, 32; @%p1 redux.sync.add.s32 %r1, %r0, -1;",
     "a barrier that a warp meets in parts": "setp.lt.s32 %p1, %r0, 7; @%p1 bar.sync 0;",

@@ -51,12 +51,12 @@ def padded_and_packed(length=3000):
 def test_magnitudes_are_those_of_the_cpu_and_nothing_waits():
     tokens = torch.zeros(4, 3000, dtype=torch.int64)
     for case in padded_and_packed():
-        on_gpu = {name: value.cuda() for name, value in case.items()}
-        noise_magnitude(tokens.cuda(), 64, 5.0, **on_gpu)  # compiles
+        on_gpu, ids = {name: value.cuda() for name, value in case.items()}, tokens.cuda()
+        noise_magnitude(ids, 64, 5.0, **on_gpu)  # compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            got = noise_magnitude(tokens.cuda(), 64, 5.0, **on_gpu)
+            got = noise_magnitude(ids, 64, 5.0, **on_gpu)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(got.cpu(), noise_magnitude(tokens, 64, 5.0, **case))
@@ -91,16 +91,17 @@ def test_a_replayed_graph_draws_fresh_noise_that_the_generator_decides(backend):
 
 
 def test_no_memory_beyond_the_output(backend):
-    weight = table(1000, 4096)
-    ids = torch.randint(1000, (1, 4096), device="cuda")
+    """What the allocator was asked for, not what it gave, which depends on the blocks that it had."""
+    weight = table(100, 512)
+    ids = torch.randint(100, (1, 40), device="cuda")
     seed = torch.tensor([3], device="cuda")
     noisy_embedding(ids, weight, 0.1, seed=seed, backend=backend)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     out = noisy_embedding(ids, weight, 0.1, seed=seed, backend=backend)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before == out.numel() * out.element_size()
+    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == out.numel() * out.element_size()
 
 
 def test_an_id_out_of_range_makes_its_row_nan_and_reads_nothing(backend):

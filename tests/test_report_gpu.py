@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+import gpu
 import records
 import report_gpu
 
@@ -58,3 +59,9 @@ def test_the_table_is_that_of_the_newest_record(readme, tmp_path):
     assert "| 32000 x 4096, 16384 tokens, bfloat16 | 100 | **80** | 400 | 200 | 0.80 | 5.0 | 2.5 | 84% |" in text
     assert "| 32000 x 4096, 16384 tokens, float32 | 100 | **80** | 400 | 200 | 0.80 | 5.0 | 2.5 | 168% |" in text
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+def test_all_that_is_drawn_is_among_the_quick_comparisons():
+    quick = {str(shape) for shape, ids in gpu.comparisons(quick=True) if ids == "uniform"}
+    assert quick >= set(report_gpu.IN_TABLE)
+    assert {f"{report_gpu.PLOTTED}, {tokens} tokens, bfloat16" for tokens in gpu.TOKENS} <= quick

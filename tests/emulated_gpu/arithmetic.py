@@ -97,6 +97,12 @@ def _shift_right(value: np.ndarray, by: np.ndarray) -> np.ndarray:
     return shifted if value.dtype.kind == "i" else np.where(by < bits, shifted, value.dtype.type(0))
 
 
+def _multiply_high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The high half of the product of 32-bit integers, signed or not."""
+    wider = f"{a.dtype.kind}8"
+    return (a.astype(wider) * b.astype(wider) >> 32).astype(a.dtype)
+
+
 def _bit_field(value: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
     """`length` bits from `begin`, extended by their sign if the type has one."""
     bits = 8 * value.dtype.itemsize
@@ -148,6 +154,7 @@ _SAME_TYPE: dict[str, tuple[set[str], Callable[..., np.ndarray]]] = {
     "add": (_INTEGER, np.add),
     "sub": (_INTEGER, np.subtract),
     "mul.lo": (_INTEGER, np.multiply),
+    "mul.hi": ({"u32", "s32"}, _multiply_high),
     "mad.lo": (_INTEGER, lambda a, b, c: a * b + c),
     "min": (_INTEGER, np.minimum),
     "max": (_INTEGER, np.maximum),

@@ -126,10 +126,11 @@ class EmulatedGPU:
                 form = _FORMATS[kind]
                 parameters += b"\0" * (-len(parameters) % struct.calcsize(form)) + struct.pack(form, value)
             parameters += b"\0" * (-len(parameters) % 8) + bytes(16)  # no scratch memory
-            memories = memories_of([each for each in tensors.values() if isinstance(each, Tensor)])
-            for window in tensors.values():
-                if isinstance(window, Window):
-                    memories |= window.memories()
+            with torch._C.DisableTorchFunction():  # a mode may take the tensors for a GPU's
+                memories = memories_of([each for each in tensors.values() if isinstance(each, Tensor)])
+                for window in tensors.values():
+                    if isinstance(window, Window):
+                        memories |= window.memories()
             threads = (metadata.num_warps * 32, 1, 1)
             traffic = Launch(kernel, (x, y, z), threads, parameters, memories, metadata.shared, self.blocks).run()
             self.launches.append(Record(kernel, (x, y, z), traffic, tensors, memories))

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,18 @@ class Traffic:
     #: Instructions executed by warps, by opcode.
     instructions: Counter = field(default_factory=Counter)
     shared_bytes: int = 0  # of a block
+
+
+def read_by(instruction: Instruction) -> Iterator[Operand]:
+    """The registers that an instruction reads, its first operand left out where that is what it writes."""
+    pending = [instruction.guard, *instruction.operands[instruction.opcode not in ("st", "red", "bra", "stmatrix") :]]
+    pending += [each for each in instruction.operands if isinstance(each, Address)]
+    while pending:
+        operand = pending.pop()
+        if isinstance(operand, tuple):
+            pending += operand
+        elif operand is not None:
+            yield operand.base if isinstance(operand, Address) else operand
 
 
 class Launch:
@@ -156,7 +168,7 @@ class Launch:
                 case "bar":
                     self._wait(instruction, threads)
                     self.at[threads] = after
-                case "ld" | "st" | "red":
+                case "ld" | "st" | "red" | "atom":
                     self._access(instruction, threads)
                 case "ldmatrix" | "stmatrix":
                     self._access_matrices(instruction, threads)
@@ -271,7 +283,7 @@ class Launch:
             if vector in modifiers:
                 modifiers.remove(vector)
                 count = int(vector[1])
-        adds = instruction.opcode == "red"
+        adds = instruction.opcode in ("red", "atom")
         if adds:
             if "cta" not in modifiers or "add" not in modifiers or kind != "u32":
                 raise Unsupported("an atomic operation of this kind")
@@ -279,6 +291,10 @@ class Launch:
         if any(not _CACHE_HINTS.fullmatch(each) for each in modifiers):
             raise Unsupported(f"the modifiers {modifiers}")
         address, data = instruction.operands[:2] if instruction.opcode != "ld" else instruction.operands[1::-1]
+        if instruction.opcode == "atom":
+            result, address, data = instruction.operands
+            if any(result in read_by(each) for each in self.kernel.instructions):
+                raise Unsupported("what was there before an addition")
         assert isinstance(address, Address)
         elements = data if isinstance(data, tuple) else (data,)
         size = NUMPY[kind].itemsize
@@ -320,9 +336,14 @@ class Launch:
     def _access_matrices(self, instruction: Instruction, threads: np.ndarray) -> None:
         """Matrices of 8 x 8 half-words in shared memory. Lane 8 i + r has the address of row r of matrix i, 16 bytes; and
 
-        lane 4 r + c has the columns 2 c and 2 c + 1 of row r of every matrix, a register for each matrix.
+        lane 4 r + c has the columns 2 c and 2 c + 1 of row r of every matrix, a register for each matrix. With ``.trans``
+        a load takes the matrices as transposed.
         """
-        *how, count, space, kind = instruction.modifiers
+        *how, space, kind = (each for each in instruction.modifiers if each != "trans")
+        transposes = "trans" in instruction.modifiers
+        count = how.pop()
+        if transposes and instruction.opcode != "ldmatrix":
+            raise Unsupported("a store of transposed matrices")
         if how != ["sync", "aligned", "m8n8"] or space not in ("shared", "shared::cta") or kind != "b16":
             raise Unsupported("matrices of this kind")
         matrices = int(count.removeprefix("x"))
@@ -339,7 +360,8 @@ class Launch:
         warps = len(threads) // WARP
         if loads:  # the row is read by the lane that has its address, as far as races go
             data = memory.load(offset, 16, self._who(threads[rows]))
-            words = data.reshape(warps, matrices, 8, 16).view(np.uint32)  # [warps, matrices, rows, 4]
+            halves = np.ascontiguousarray(data).view(np.uint16).reshape(warps, matrices, 8, 8)  # rows, columns
+            words = np.ascontiguousarray(halves.swapaxes(2, 3) if transposes else halves).view(np.uint32)
             for matrix, register in enumerate(registers):
                 self._set(register, np.ascontiguousarray(words[:, matrix]).reshape(-1), threads)
         else:

@@ -1,0 +1,306 @@
+"""Contract: the programs for machines with a GPU run from end to end, lose nothing when a part fails, and are drawn.
+
+On a stand-in for such a machine, see stand_in_gpu.py; with NEFT_KERNELS_TEST_GPU.
+"""
+
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stand_in_gpu import stand_in_gpu
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
+import gpu
+import gpu_timing
+import records
+import sanitize_gpu
+import test_gpu
+import variants
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = {"plain", "hook", "hook, compiled", "rand_like, compiled", "ours", "ours, cuda"}
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with stand_in_gpu() as device:
+        yield device
+
+
+# --- the stand-in -----------------------------------------------------------------------------------------------------
+
+
+def test_the_stand_in_tells_the_device_from_the_cpu(device):
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    assert there.is_cuda
+    assert (there + 1).device.type == "cuda"
+    assert not here.is_cuda
+    assert not there.cpu().is_cuda
+    for mistake in (
+        lambda: here + there,
+        lambda: torch.nn.functional.embedding(torch.tensor([0]), torch.ones(2, 2, device="cuda")),
+        lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+    ):
+        with pytest.raises(RuntimeError, match=r"same device|'cuda' device type for generator"):
+            mistake()
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    with pytest.raises(NotImplementedError, match="'CUDA' backend"):
+        torch.ops.neft_kernels.add_noise.cpu(
+            there[None], torch.zeros(1, dtype=torch.int64, device="cuda"), None, 0.1, 0, 0
+        )
+    with pytest.raises(NotImplementedError, match="allocator"):
+        torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("waits", [lambda x: x.item(), lambda x: x.cpu(), lambda x: bool(x), torch.nonzero])
+def test_the_stand_in_sees_who_waits_for_the_device(waits):
+    x = torch.ones(1, device="cuda")
+    waits(x)
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        waits(x)
+
+
+def test_a_graph_of_the_stand_in_replays_into_the_same_tensors():
+    x, graph = torch.zeros(2, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.rand(2, device="cuda") + x.add_(1)
+        with pytest.raises(RuntimeError, match="capturing"):
+            y.tolist()
+    torch.manual_seed(3)
+    graph.replay()
+    torch.manual_seed(3)
+    assert torch.equal(y, torch.rand(2, device="cuda") + 2)
+    assert x.tolist() == [2, 2]
+
+
+def test_the_stand_in_counts_the_bytes_that_tensors_need():
+    x = torch.ones(1000, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    y = (x + 1) + x
+    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == 2 * 4000
+    assert torch.cuda.memory_stats()["requested_bytes.all.current"] - before == y.nbytes
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """Where the benchmark writes; it has little to do."""
+    for module, name, value in (
+        (gpu, "TABLES", ((40, 32), (20, 8))),
+        (gpu, "TOKENS", (3,)),
+        (gpu_timing, "CACHE_FLUSH_BYTES", 1000),
+        (gpu_timing, "COPY_BYTES", 1000),
+        (gpu_timing, "WARM_UP_ROUNDS", 1),
+        (gpu_timing, "HOST_QUEUES", 1),
+        (gpu_timing, "HOST_CALLS", 1),
+        (gpu_timing, "REPLAYS", 1),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results of the repository")
+    return tmp_path / "results"
+
+
+def run(results, *arguments):
+    """The exit status, and the records."""
+    status = gpu.main(["--rounds", "2", "--commit", "c0ffee", "--results", str(results), *arguments])
+    return status, records.load("gpu", results)
+
+
+def test_the_benchmark_records_everything(results, capsys):
+    status, found = run(results, "--quick")
+    assert status == 0
+    assert [(record["shape"], record["ids"]) for record in found] == [
+        ("40 x 32, 3 tokens, bfloat16", "uniform"),
+        ("20 x 8, 3 tokens, bfloat16", "uniform"),
+        ("40 x 32, 3 tokens, float32", "uniform"),
+    ]
+    for record in found:
+        assert record["errors"] == {}
+        for passes in ("forward", "backward", "both"):
+            assert set(record[passes]) == VARIANTS | ({"ours, padded batch"} if passes == "forward" else set())
+            assert all(0 < first <= middle <= last for first, middle, last in record[passes].values())
+            assert set(record["host_behind"][passes]) == set(record[passes])  # the stand-in's device is never busy
+        assert (
+            record["host_microseconds"].keys() == record["peak_bytes_above_output"].keys() == record["forward"].keys()
+        )
+        peak, output = record["peak_bytes_above_output"], 3 * int(record["shape"].split()[2].rstrip(",")) * 2
+        assert peak["plain"] == 0
+        assert peak["ours"] == 8  # the seed
+        assert peak["hook"] >= output  # the noise; its uniform_ works in place
+        assert record["graph_replay"]["fresh_noise"] is True
+        assert record["graph_replay"]["milliseconds"] > 0
+        assert record["copy_bytes_per_second"] > 0
+        assert record["commit"] == "c0ffee"
+        assert {"device", "driver", "torch", "triton", "python", "date", "backends"} <= record.keys()
+    assert not records.RESULTS.exists()
+    assert "left out" not in capsys.readouterr().err
+
+    again, more = run(results, "--quick")
+    assert again == 0
+    assert more == found  # nothing was left to do
+    _, elsewhere = run(results, "--quick", "--commit", "another", "--minutes", "0")
+    assert elsewhere == found  # no time to do it
+
+
+def test_all_comparisons_are_made_the_quick_ones_first():
+    quick, everything = gpu.comparisons(quick=True), gpu.comparisons(quick=False)
+    assert everything[: len(quick)] == quick
+    assert len(everything) == len(set(everything)) == len(gpu.TABLES) * len(gpu.TOKENS) * len(gpu.KINDS)
+
+
+def failing(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory, on purpose")
+
+
+def test_what_fails_does_not_cost_the_rest(results, monkeypatch, capsys):
+    """A variant that fails, here in its backward or as it is built, a step that fails, a comparison that fails."""
+    builders = variants.builders
+
+    class FailsInBackward(torch.nn.Embedding):
+        def forward(self, ids):
+            rows = super().forward(ids)
+            rows.register_hook(failing)
+            return rows
+
+    def some_fail(weight):
+        if weight.shape[0] == 20:
+            raise torch.OutOfMemoryError("no room for the table")
+        plain = dict.fromkeys(("plain, in its backward",), lambda: FailsInBackward(*weight.shape, _weight=weight))
+        mine = {name: build for name, build in builders(weight, compiled=False).items() if name in ("plain", "ours")}
+        return {"hook, compiled": failing, **plain, **mine}
+
+    monkeypatch.setattr(gpu, "builders", some_fail)
+    monkeypatch.setattr(gpu, "replay", failing)
+    status, (first, failed, second) = run(results, "--quick")
+    assert status == 1
+    for record in (first, second):
+        assert set(record["errors"]) == {"hook, compiled", "plain, in its backward", "graph_replay"}
+        assert "out of memory, on purpose" in record["errors"]["hook, compiled"]
+        assert set(record["forward"]) == {"plain", "plain, in its backward", "ours", "ours, padded batch"}
+        assert set(record["both"]) == {"plain", "ours"}
+        assert "peak_bytes_above_output" in record
+    assert "no room for the table" in failed["errors"]["comparison"]
+    assert "left out: hook, compiled" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "builders", lambda weight: {**builders(weight, False), "plain": failing})
+    _, found = run(results, "--quick")
+    assert [record["shape"] for record in found[3:]] == [failed["shape"]]  # it alone is tried again
+
+
+def test_nothing_is_timed_that_computes_something_else(monkeypatch, results):
+    class Stronger(variants.NEFTuneEmbedding):
+        def forward(self, ids):
+            return super().forward(ids) * 1.5
+
+    monkeypatch.setattr(gpu, "builders", lambda weight: {"ours": lambda: Stronger(*weight.shape, _weight=weight)})
+    _, found = run(results, "--quick")
+    assert all("ours differs from the reference" in record["errors"]["comparison"] for record in found)
+
+
+def test_each_comparison_is_compiled_for_its_own_shape(monkeypatch):
+    """Also the tenth, where torch.compile would have given up on the function, and with static shapes."""
+    graphs = []
+
+    def backend(graph, examples):
+        assert all(isinstance(size, int) for each in examples if isinstance(each, torch.Tensor) for size in each.shape)
+        assert not any(isinstance(each, torch.SymInt) for each in examples)
+        graphs.append(graph)
+        return graph
+
+    def compiled(module):
+        return torch._dynamo.optimize(backend)(module)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with torch._C.DisableTorchFunction():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for number in range(10):
+            modules = variants.training_modules(torch.randn(30 + number, 8))
+            modules["rand_like, compiled"](torch.tensor([[1] * (number + 2)]))
+            assert len(graphs) == number + 1
+
+
+def test_the_records_are_drawn(results, monkeypatch):
+    import report_gpu  # which needs matplotlib, as machines with a GPU need not
+
+    results.parent.mkdir(exist_ok=True)
+    readme = results.parent / "README.md"
+    readme.write_text("<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    monkeypatch.setattr(gpu, "TABLES", ((40, 32),))
+    status, found = run(results, "--quick")
+    assert status == 0
+    del found[0]["forward"]["hook, compiled"]  # as if it had failed
+    (results / "gpu.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    for module, name, value in (
+        (records, "RESULTS", results),
+        (report_gpu, "RESULTS", results),
+        (report_gpu, "README", readme),
+        (report_gpu, "IN_TABLE", [record["shape"] for record in found]),
+        (report_gpu, "PLOTTED", "40 x 32"),
+    ):
+        monkeypatch.setattr(module, name, value)
+    report_gpu.main()
+    lines = readme.read_text().splitlines()
+    number = r"[\d.e+-]+"
+    times, ratios = rf"{number} \| \*\*{number}\*\* \| {number} \| —", rf"{number} \| {number} \| —"
+    assert re.fullmatch(rf"\| 40 x 32, 3 tokens, bfloat16 \| {times} \| {ratios} \| \d+% \|", lines[3])
+    assert lines[4].startswith("| 40 x 32, 3 tokens, float32 |")
+    assert (results / "gpu.png").stat().st_size > 10_000
+
+
+# --- the other programs -----------------------------------------------------------------------------------------------
+
+
+def test_the_program_for_the_sanitizer(monkeypatch, capsys):
+    monkeypatch.setattr(sanitize_gpu, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(sanitize_gpu, "WIDTHS", (7,))
+    assert sanitize_gpu.main() == 0
+    out = capsys.readouterr().out
+    assert "triton: 12 launches" in out
+    assert "cuda: 12 launches" in out
+
+
+# What starts a process of its own, and what is too large to be emulated.
+NOT_HERE = {
+    "test_check_ids_makes_it_an_error",
+    "test_more_rows_than_a_grid_dimension",
+    "test_more_than_two_to_the_31_elements_on_the_gpu",
+}
+TESTS = [
+    (name, backend)
+    for name, test in vars(test_gpu).items()
+    if name.startswith("test_") and name not in NOT_HERE
+    for backend in (("triton", "cuda") if "backend" in inspect.signature(test).parameters else (None,))
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), TESTS)
+def test_the_tests_on_a_gpu(name, backend):
+    assert vars(test_gpu).keys() >= NOT_HERE
+    getattr(test_gpu, name)(*[] if backend is None else [backend])
+
+
+def test_the_makefile_names_files_that_there_are():
+    shown = subprocess.run(
+        ["make", "-n", "gpu", "GPU_PYTHON=python3", "GPU_BENCH=--quick"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.replace("\\\n", " ")
+    commands = [shlex.split(line) for line in shown.splitlines()]
+    files = [word for command in commands for word in command if word.endswith((".py", ".jsonl"))]
+    assert {"setup.py", "tools/sanitize_gpu.py", "benchmarks/gpu.py", "tests/test_gpu.py"} <= set(files)
+    assert [each for each in files if not (ROOT / each).exists()] == []
+    assert commands[-1][-2:] == ["benchmarks/gpu.py", "--quick"]
