@@ -143,6 +143,7 @@ def implementation(op: str, backend: str, *tensors: Tensor) -> Callable[..., Ten
         backend != "triton"
         or any(type(tensor) not in _PLAIN or tensor.is_meta for tensor in tensors)
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
     ):

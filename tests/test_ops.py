@@ -7,6 +7,7 @@ import torch
 from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neft_kernels import add_noise, available_backends, noisy_embedding, ops
@@ -129,6 +130,18 @@ def test_without_the_extension_the_reference_is_chosen(monkeypatch):
         ops.choose_backend("cpu", "cpu")
 
 
+class _FunctionNames(TorchFunctionMode):
+    """Notes the functions that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class _Names(TorchDispatchMode):
     """Notes the ops that it sees."""
 
@@ -153,9 +166,10 @@ def test_whoever_watches_ops_sees_ours(backend):
     expected = call()
     is_direct = ops.implementation("noisy_embedding", backend, ids, weight) is not OVERLOADS["noisy_embedding"][backend]
     assert is_direct == (backend == "triton")
-    with _Names() as mode:
-        assert torch.equal(call(), expected)
-    assert name in mode.names
+    for mode in (_Names(), _FunctionNames()):
+        with mode:
+            assert torch.equal(call(), expected)
+        assert name in mode.names
     with torch.profiler.profile() as profile:
         call()
     assert "neft_kernels::noisy_embedding" in {event.name for event in profile.events()}
