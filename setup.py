@@ -1,8 +1,8 @@
 """Builds the compiled backends where it can; metadata is in pyproject.toml.
 
 ``NEFT_KERNELS_BUILD`` decides: unset, build what torch and the compilers here allow and say what was left out; ``1``, build
-the CPU extension (and the CUDA one where torch has CUDA) or fail; ``0``, build nothing. The extensions keep to torch's
-stable ABI and to Python's: one binary serves torch >= 2.10 and Python >= 3.10.
+the CPU extension, and the CUDA one where torch has CUDA, or fail; ``cpu``, build the CPU extension alone, or fail; ``0``,
+build nothing. The extensions keep to torch's stable ABI and to Python's: one binary serves torch >= 2.10 and Python >= 3.10.
 """
 
 import os
@@ -38,16 +38,16 @@ def headers() -> list[str]:
 def extensions() -> dict:
     """The keyword arguments of setup() that build the extensions."""
     wanted = os.environ.get(SWITCH, "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"{SWITCH} must be 0, 1 or unset, not {wanted!r}")
+    if wanted not in ("", "0", "1", "cpu"):
+        raise SystemExit(f"{SWITCH} must be 0, 1, cpu or unset, not {wanted!r}")
     if wanted == "0":
         return {}
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
-        if wanted == "1":
+        if wanted:
             raise SystemExit(
-                f"{SWITCH}=1, but torch cannot be imported at build time ({error}). Install torch first and build with "
+                f"{SWITCH}={wanted}, but torch cannot be imported at build time ({error}). Install torch first and build with "
                 "`pip install --no-build-isolation`."
             ) from error
         print("neft_kernels: no torch at build time, so this is a pure-Python build", file=sys.stderr)
@@ -59,10 +59,15 @@ def extensions() -> dict:
         depends=headers(),
         extra_compile_args=COMMON,
         py_limited_api=True,
-        optional=wanted != "1",
+        optional=not wanted,
     )
     modules = [cpu]
-    if cpp_extension.CUDA_HOME and has_cuda():
+    if wanted == "1" and has_cuda() and not cpp_extension.CUDA_HOME:
+        raise SystemExit(
+            f"{SWITCH}=1, and torch has CUDA, but no CUDA toolkit is found (CUDA_HOME, nvcc). {SWITCH}=cpu builds without it: "
+            "on GPUs the noise then comes from Triton."
+        )
+    if wanted != "cpu" and cpp_extension.CUDA_HOME and has_cuda():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         cuda = cpp_extension.CUDAExtension(
             "neft_kernels._C_cuda",
@@ -70,9 +75,11 @@ def extensions() -> dict:
             depends=headers(),
             extra_compile_args={"cxx": [*COMMON, "-DUSE_CUDA"], "nvcc": nvcc_arguments()},
             py_limited_api=True,
-            optional=wanted != "1",
+            optional=not wanted,
         )
         modules.append(cuda)
+    elif not wanted and has_cuda():
+        print("neft_kernels: no CUDA toolkit, so the CUDA extension is left out", file=sys.stderr)
     return {
         "ext_modules": modules,
         "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=False)},

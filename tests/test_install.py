@@ -8,6 +8,7 @@ files, every check of its outcome in a fresh interpreter that starts elsewhere a
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -243,4 +244,47 @@ def test_the_kernels_can_be_declined(source, tmp_path):
 def test_any_other_value_of_the_switch_is_an_error(source, tmp_path):
     done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="banana")
     assert done.returncode != 0
-    assert "NEFT_KERNELS_BUILD must be 0, 1 or unset, not 'banana'" in done.stdout
+    assert "NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'" in done.stdout
+
+
+@pytest.fixture
+def modules_built(monkeypatch):
+    """Which extensions setup.py would build, with a CUDA build of torch, by NEFT_KERNELS_BUILD and the CUDA toolkit's home."""
+    import setuptools
+    import torch
+    from torch.utils import cpp_extension
+
+    def ask(wanted, cuda_home):
+        asked = []
+        monkeypatch.chdir(REPOSITORY)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", cuda_home)
+        monkeypatch.setattr(
+            cpp_extension, "CUDAExtension", cpp_extension.CppExtension
+        )  # which would look for libraries
+        monkeypatch.setattr(setuptools, "setup", lambda **options: asked.append(options))
+        monkeypatch.setenv("NEFT_KERNELS_BUILD", wanted)
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+        runpy.run_path("setup.py")
+        return [module.name.rpartition("_")[2] for module in asked[0].get("ext_modules", [])]
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cuda_home", "expected"),
+    [
+        ("", None, ["cpu"]),
+        ("", "/usr", ["cpu", "cuda"]),
+        ("1", "/usr", ["cpu", "cuda"]),
+        ("cpu", "/usr", ["cpu"]),
+        ("cpu", None, ["cpu"]),
+    ],
+)
+def test_which_extensions_are_built(modules_built, wanted, cuda_home, expected):
+    assert modules_built(wanted, cuda_home) == expected
+
+
+def test_a_missing_cuda_toolkit_is_an_error_where_the_extensions_were_asked_for(modules_built):
+    with pytest.raises(SystemExit, match=r"no CUDA toolkit is found.*NEFT_KERNELS_BUILD=cpu"):
+        modules_built("1", None)
