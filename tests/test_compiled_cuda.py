@@ -25,6 +25,7 @@ from cuda_emulation import (
     table,
 )
 from emulated_gpu import machine, ptx
+from emulated_gpu.accesses import SECTOR_BYTES
 from emulated_gpu.driver import memories_of
 from emulated_gpu.memory import Memory, MemoryFault
 
@@ -126,10 +127,10 @@ def test_no_byte_is_moved_in_vain(library, kernels, dtype):
     rows, ids = table(dtype, 4096, 20), torch.tensor([3, 19, 0, 3, 20])
     traffic, _ = run(library, kernels, rows, ids, magnitude=0.3)
     row_bytes = 4096 * dtype.itemsize
-    assert traffic.bytes["store"] == traffic.sectors["store"] * machine.SECTOR_BYTES == 5 * row_bytes
+    assert traffic.bytes["store"] == traffic.sectors["store"] * SECTOR_BYTES == 5 * row_bytes
     warps = 5 * row_bytes // (32 * 64)
     assert traffic.bytes["load"] == 4 * row_bytes + warps * 32 * (8 + 8)  # every thread reads the seed and the id
-    assert traffic.sectors["load"] * machine.SECTOR_BYTES == 4 * row_bytes + warps * 2 * machine.SECTOR_BYTES
+    assert traffic.sectors["load"] * SECTOR_BYTES == 4 * row_bytes + warps * 2 * SECTOR_BYTES
 
 
 def test_a_touch_beside_the_table_is_noticed(library, kernels):

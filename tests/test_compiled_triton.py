@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DTYPES, equal_bits, gpu
+from emulated_gpu.accesses import SECTOR_BYTES
 from emulated_gpu.arithmetic import Unsupported
 from emulated_gpu.driver import Window
-from emulated_gpu.machine import SECTOR_BYTES
 
 from neft_kernels import noise_magnitude, reference, triton_backend, triton_magnitude
 

@@ -117,6 +117,7 @@ CASES = {  # what is stored of thread 5, and how it is computed
         "shr.u64 %rd2, %rd2, 32; cvt.u32.u64 %r1, %rd2;",
     ),
     "a guard": (9, "mov.u32 %r1, 1; setp.eq.s32 %p1, %r0, 5; @%p1 mov.u32 %r1, 9; @!%p1 mov.u32 %r1, 8;"),
+    "what was never written": (0xA5A5A5A5, "setp.eq.s32 %p1, %r0, 4; @%p1 mov.u32 %r1, 9;"),
     "another's guard": (8, "mov.u32 %r1, 1; setp.eq.s32 %p1, %r0, 4; @%p1 mov.u32 %r1, 9; @!%p1 mov.u32 %r1, 8;"),
 }
 

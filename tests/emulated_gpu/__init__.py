@@ -9,7 +9,9 @@ leaves its rounding open, because an assembler may then fuse a product and a sum
     ptx.py          text -> instructions
     arithmetic.py   what an instruction computes
     memory.py       global and shared memory under watch
-    machine.py      threads, branches, barriers, shuffles: a launch
+    registers.py    those of all threads            threads.py   blocks, warps and lanes
+    accesses.py     loads and stores                exchange.py  shuffles and reductions
+    machine.py      a launch: branches and barriers
     driver.py       Triton's launches, sent there
 
 It knows the instructions that this package's kernels have, and refuses all others by name. Semantics: PTX ISA 9.0, chapter 9.
