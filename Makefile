@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*)
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install bench gpu bench-gpu sanitize-gpu randomness effect plots lint check-gpu clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning.py
@@ -65,6 +65,9 @@ sanitize-gpu:  ## on a GPU, after test-gpu: the kernels under compute-sanitizer:
 
 bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl, from which make plots draws anywhere
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
+
+tune-gpu:  ## on a GPU: tries other tiles of the Triton kernel
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/tune_gpu.py
 
 gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show, with -k also after a failure; GPU_BENCH=--quick
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 __all__ = ["add_noise", "noisy_embedding"]
 
-TILE_VECTORS = 512  # of a program: four for each thread of four warps
+# Of a program: four vectors for each thread. benchmarks/tune_gpu.py tries others.
+TILE_VECTORS = 512
+NUM_WARPS = 4
 _MAX_GRID_Y = 65535
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -166,7 +168,10 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
     if vectors_of_row <= 32:
         vectors = triton.next_power_of_2(vectors_of_row)
     else:
-        vectors = min((512, 256, 128, 64, 32), key=lambda vectors: -(-vectors_of_row // vectors) * vectors)
+        widths = [
+            TILE_VECTORS >> halvings for halvings in range(TILE_VECTORS.bit_length()) if TILE_VECTORS >> halvings >= 32
+        ]
+        vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
     column_tiles = -(-vectors_of_row // vectors)
     return TILE_VECTORS // vectors, vectors, (min(column_tiles, _MAX_GRID_Y), -(-column_tiles // _MAX_GRID_Y))
 
@@ -193,7 +198,7 @@ def launch(
         if is_usual and (compiled := _compiled.get(key)) is not None:
             compiled[grid](*tensors, *numbers, *constants)
             return
-        compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=4, enable_fp_fusion=False)
+        compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
         if is_usual and compiled is not None:  # None: interpreted
             _compiled[key] = compiled
 

@@ -23,7 +23,10 @@ import gpu_timing
 import records
 import sanitize_gpu
 import test_gpu
+import tune_gpu
 import variants
+
+from neft_kernels import triton_backend
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"plain", "hook", "hook, compiled", "rand_like, compiled", "ours", "ours, cuda"}
@@ -257,6 +260,28 @@ def test_the_records_are_drawn(results, monkeypatch):
     assert re.fullmatch(rf"\| 40 x 32, 3 tokens, bfloat16 \| {times} \| {ratios} \| \d+% \|", lines[3])
     assert lines[4].startswith("| 40 x 32, 3 tokens, float32 |")
     assert (results / "gpu.png").stat().st_size > 10_000
+
+
+# --- the tuner --------------------------------------------------------------------------------------------------------
+
+
+def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, capsys):
+    shape = variants.Shape(40, 600, 5, torch.bfloat16)
+    monkeypatch.setattr(tune_gpu, "SHAPES", ((shape, "uniform"),))
+    monkeypatch.setattr(tune_gpu, "TILES", (128, 512))
+    monkeypatch.setattr(tune_gpu, "_compiled_for", {})
+    before = triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS, triton_backend._tile(600, 2)
+    assert tune_gpu.main(["--rounds", "2", "--results", str(results)]) == 0
+    (record,) = records.load("gpu_tuning", results)
+    tiles = {(128, 1), (128, 2), (128, 4), (512, 1), (512, 2), (512, 4), (512, 8)}
+    assert record["forward"].keys() == {"F.embedding", *("{} vectors, {} warps".format(*tile) for tile in tiles)}
+    assert tune_gpu._compiled_for.keys() == tiles
+    for (vectors, warps), kept in tune_gpu._compiled_for.items():
+        ((key, compiled),) = kept.items()
+        *_, rows_of_tile, width = key[-1]
+        assert (rows_of_tile * width, compiled.metadata.num_warps) == (vectors, warps)
+    assert before == (triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS, triton_backend._tile(600, 2))
+    assert capsys.readouterr().out.count("of the copy") == len(tiles) + 1
 
 
 # --- the other programs -----------------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""Which tile is the fastest on this GPU? Tries sizes of tiles and numbers of warps of the Triton kernel.
+
+    make tune-gpu          # or: python benchmarks/tune_gpu.py
+
+Each is verified bit for bit, then all are timed in turns, with a cold L2; see gpu_timing.py. Prints the share of a copy's
+bandwidth that each reaches, and appends to ``results/gpu_tuning.jsonl``. The constants are in triton_backend.py.
+"""
+
+import argparse
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import records
+import torch
+from gpu import batches
+from gpu_timing import Timer, copy_bandwidth, interleaved
+from torch import Tensor
+from variants import PASSES, Shape
+
+from neft_kernels import noisy_embedding, triton_backend
+
+BF16, FP32 = torch.bfloat16, torch.float32
+SHAPES = (
+    (Shape(32000, 4096, 16384, BF16), "uniform"),
+    (Shape(32000, 4096, 16384, FP32), "uniform"),
+    (Shape(32000, 4096, 16384, BF16), "zipf"),
+    (Shape(151936, 2048, 16384, BF16), "uniform"),
+    (Shape(32000, 4096, 1024, BF16), "uniform"),
+)
+TILES = (128, 256, 512, 1024, 2048)  # vectors of 16 bytes
+WARPS = (1, 2, 4, 8)
+VECTORS_OF_THREAD = range(1, 17)
+CHECKED_TOKENS = 512  # the first ones, against the reference
+
+Tile = tuple[int, int]  # vectors, warps
+
+
+@contextlib.contextmanager
+def launched_as(tile: Tile) -> Iterator[None]:
+    """Within this context the kernel is compiled and launched for `tile`."""
+    before, kept = (triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS), triton_backend._compiled
+    triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS = tile
+    triton_backend._compiled = _compiled_for.setdefault(tile, {})
+    triton_backend._tile.cache_clear()
+    try:
+        yield
+    finally:
+        triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS = before
+        triton_backend._compiled = kept
+        triton_backend._tile.cache_clear()
+
+
+_compiled_for: dict[Tile, dict[tuple, Any]] = {}
+
+
+def forward(tile: Tile, ids: Tensor, weight: Tensor, seed: Tensor) -> Tensor:
+    with launched_as(tile):
+        return noisy_embedding(ids, weight, 0.1, seed=seed, backend="triton")
+
+
+def measure(shape: Shape, distribution: str, ceiling: float, rounds: int, timer: Timer) -> dict[str, Any]:
+    """One record, and a table on the screen."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape.num_embeddings, shape.embedding_dim, dtype=shape.dtype, device="cuda")
+    ids, seed = batches(shape, distribution)[0], torch.tensor([3], device="cuda")
+    head = ids[:, :CHECKED_TOKENS]
+    expected = noisy_embedding(head, weight, 0.1, seed=seed, backend="reference")
+    calls: dict[str, Callable[[], Any]] = {"F.embedding": lambda: torch.nn.functional.embedding(ids, weight)}
+    for tile in (
+        (vectors, warps) for vectors in TILES for warps in WARPS if vectors // (32 * warps) in VECTORS_OF_THREAD
+    ):
+        call = functools.partial(forward, tile, ids, weight, seed)
+        assert torch.equal(call()[:, :CHECKED_TOKENS], expected), f"{tile} differs from the reference"
+        calls["{} vectors, {} warps".format(*tile)] = call
+    behind: list[str] = []
+    times = interleaved(calls, rounds, timer, behind)
+    floor = PASSES["ours"] * shape.elements * shape.dtype.itemsize / ceiling * 1e3
+    print(f"\n{shape}, {distribution} ids: a copy of as many bytes takes {floor:.4f} ms")
+    for name, (first, median, third) in sorted(times.items(), key=lambda item: item[1][1]):
+        late = ", launched late" if name in behind else ""
+        print(f"  {name:22} {median:.4f} ms ({first:.4f} to {third:.4f}), {floor / median:.1%} of the copy{late}")
+    return {
+        "shape": str(shape),
+        "ids": distribution,
+        "rounds": rounds,
+        "copy_bytes_per_second": ceiling,
+        "forward": times,
+        "host_behind": behind,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="timings of each tile (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="folder of the records (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks/tune_gpu.py needs a GPU, and torch finds none here", file=sys.stderr)
+        return 1
+    timer = Timer()
+    ceiling = copy_bandwidth(timer)
+    print(f"{torch.cuda.get_device_name()}: a copy moves {ceiling / 1e12:.2f} TB/s, read and written", flush=True)
+    for shape, distribution in SHAPES:
+        records.append("gpu_tuning", measure(shape, distribution, ceiling, options.rounds, timer), options.results)
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
