@@ -115,15 +115,15 @@ _QUICK_APPLY = {
 
 def _call(name: str, backend: str, args: tuple, options: tuple = ()) -> Tensor:
     """The op on `args`, by way of its autograd function where anything is differentiated."""
+    op = ops.OVERLOADS[name][backend]
     if torch.compiler.is_compiling():
         if torch._C._functorch.maybe_current_level() is not None:  # the compiler would drop backward, without a word
             raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")
-        return _FUNCTIONS[name][1].apply(ops.OVERLOADS[name][backend], options, *args)
+        return _FUNCTIONS[name][1].apply(op, options, *args)
     if torch._C._are_functorch_transforms_active():
-        return _FUNCTIONS[name][0].apply(ops.OVERLOADS[name][backend], options, *args)
+        return _FUNCTIONS[name][0].apply(op, options, *args)
     if torch.autograd.forward_ad._current_level >= 0:
-        return _QUICK_APPLY[_FUNCTIONS[name][0]](ops.OVERLOADS[name][backend], options, *args)
-    op = ops.implementation(name, backend, args[0], args[1])
+        return _QUICK_APPLY[_FUNCTIONS[name][0]](op, options, *args)
     if torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad):
         return _QUICK_APPLY[_FUNCTIONS[name][1]](op, options, *args)
     return op(*args)

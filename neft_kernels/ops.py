@@ -105,14 +105,12 @@ for _backend in MAGNITUDE_BACKENDS:
     torch.library.register_fake(f"neft_kernels::token_magnitude.{_backend}", _fake_token_magnitude, lib=_library)
 _library.impl("token_magnitude.triton", _token_magnitude, "CompositeExplicitAutograd")
 
-_IN_PYTHON: dict[tuple[str, str], Callable[..., Tensor]] = {}  # implementations by op and backend
 for _op, _schema in _SCHEMAS.items():
     for _backend in BACKENDS:
         _library.define(f"{_op}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"neft_kernels::{_op}.{_backend}", _FAKES[_op], lib=_library)
     for _backend, _implementation in (("reference", getattr(reference, _op)), ("triton", _triton(_op))):
-        _IN_PYTHON[_op, _backend] = _checked(_implementation, _op)
-        _library.impl(f"{_op}.{_backend}", _IN_PYTHON[_op, _backend], "CompositeExplicitAutograd")
+        _library.impl(f"{_op}.{_backend}", _checked(_implementation, _op), "CompositeExplicitAutograd")
 
 _cpu_extension, _cpu_error = native_backend.load("cpu")
 _cuda_extension, _cuda_error = native_backend.load("cuda") if torch.version.cuda else (None, "torch has no CUDA")
@@ -129,26 +127,6 @@ OVERLOADS: dict[str, dict[str, Any]] = {
 OVERLOADS["token_magnitude"] = {
     backend: getattr(torch.ops.neft_kernels.token_magnitude, backend) for backend in MAGNITUDE_BACKENDS
 }
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def implementation(op: str, backend: str, *tensors: Tensor) -> Callable[..., Tensor]:
-    """What to call, outside of torch.compile and torch.func: the overload, unless nobody but its kernel would see the call.
-
-    From Python to the dispatcher and back to Python takes the host as long as the rest of a small call.
-    """
-    if (
-        backend != "triton"
-        or any(type(tensor) not in _PLAIN or tensor.is_meta for tensor in tensors)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return OVERLOADS[op][backend]
-    return _IN_PYTHON[op, backend]
 
 
 # --- which backend ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
 __all__ = ["add_noise", "noisy_embedding"]
 
@@ -122,8 +123,8 @@ def noisy_rows_kernel(
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
-    embedding_dim = embedding_dim * UNIT
-    row_stride = row_stride * UNIT
+    embedding_dim = embedding_dim.to(tl.int64) * UNIT
+    row_stride = row_stride.to(tl.int64) * UNIT
     if CONTIGUOUS:
         column_stride = 1
 
@@ -187,14 +188,14 @@ def launch(
 
     To look the compiled kernel up takes Triton longer than the launch. What it depends on is little here: the types of the
     tensors, whether they lie on 16 bytes, the constants, and, of the numbers, whether 32 bits hold them. Where they do not,
-    Triton is asked.
+    Triton is asked. Its knobs and its hooks before a kernel runs count as they were when the kernel was first launched.
     """
-    device = tensors[0].get_device()
     described = tuple(tensor if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
-    key = (kernel, device, described, constants)
+    device = tensors[0].get_device()
     is_elsewhere = tensors[0].is_cuda and device != torch.cuda.current_device()
     with torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext():
         is_usual = max(numbers) < 1 << 31
+        key = (kernel, None if _INTERPRETED else driver.active.get_current_device(), described, constants)
         if is_usual and (compiled := _compiled.get(key)) is not None:
             compiled[grid](*tensors, *numbers, *constants)
             return

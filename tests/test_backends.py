@@ -5,7 +5,7 @@ On every dtype, width, shape, stride, seed, stream, offset and magnitude; every 
 
 import pytest
 import torch
-from conftest import DTYPES, HAS_GPU, equal_bits
+from conftest import CPU_BACKENDS, DTYPES, HAS_GPU, equal_bits
 
 from neft_kernels import add_noise, noisy_embedding, ops
 
@@ -111,6 +111,33 @@ def test_strides(kernel, layout, dtype):
     expected = add_noise(embeds.contiguous(), magnitude.contiguous(), seed=5, backend="reference")
     assert equal_bits(add_noise(embeds, magnitude, seed=5, backend=backend), expected)
     assert equal_bits(add_noise(embeds, magnitude, seed=5, backend="reference"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_vectors_in_rows_that_do_not_begin_on_one(kernel, dtype):
+    device, backend = kernel
+    for weight in (table(20, 65, dtype, device)[:, :64], table(20, 72, dtype, device)[:, :60]):
+        ids = ids_like((2, 3), 20, device=device)
+        expected = noisy_embedding(ids, weight.contiguous(), 0.3, seed=5, backend="reference")
+        assert equal_bits(noisy_embedding(ids, weight, 0.3, seed=5, backend=backend), expected)
+        assert equal_bits(
+            add_noise(weight, 0.3, seed=5, backend=backend)[ids[0, 0]],
+            add_noise(weight.contiguous(), 0.3, seed=5, backend="reference")[ids[0, 0]],
+        )
+
+
+@pytest.mark.parametrize("backend", [each for each in CPU_BACKENDS if each != "reference"])
+def test_rows_further_apart_than_32_bits_count(backend, tmp_path):
+    """Two rows 2**31 elements apart, in a file that takes no room, and as many whole vectors."""
+    path = tmp_path / "sparse"
+    size = 2**31 + 64
+    with path.open("wb") as file:
+        file.truncate(2 * size)
+    flat = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+    weight = flat.as_strided((2, 64), (2**31, 1))
+    weight[1] = 3.0
+    expected = noisy_embedding(torch.tensor([1]), weight, 0.1, seed=3, backend="reference")
+    assert equal_bits(noisy_embedding(torch.tensor([1]), weight, 0.1, seed=3, backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

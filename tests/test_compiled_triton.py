@@ -30,7 +30,8 @@ def table(num_embeddings, embedding_dim, dtype):
 def test_no_byte_is_moved_in_vain(dtype, width):
     """Each row is read once and written once, in whole sectors, and no data passes through shared memory."""
     rows, ids = table(20, width, dtype), torch.tensor([3, 19, 0, 3, 7])
-    triton_backend.noisy_embedding(ids, rows, SEED, torch.rand(5), 0.0, 0, 0)
+    per_token = torch.tensor([0.5, 0.0, 0.1, 0.3, 1.0])  # a row without noise is stored once as well
+    triton_backend.noisy_embedding(ids, rows, SEED, per_token, 0.0, 0, 0)
     launch = gpu.launches[-1]
     row_bytes = 5 * width * dtype.itemsize
     assert launch.traffic.bytes["store"] == launch.traffic.sectors["store"] * SECTOR_BYTES == row_bytes
@@ -79,9 +80,9 @@ def test_more_than_two_to_the_31_elements():
     assert equal_bits(out, reference.add_noise(rows, SEED, None, 0.1, 3, 2**33 + num_rows - 2))
 
 
-def test_more_columns_than_one_dimension_of_the_grid_has():
-    """The last piece of a row of 2**29 + 8 columns lies in the third dimension."""
-    width = (1 << 29) + 8
+@pytest.mark.parametrize("width", [(1 << 29) + 8, (1 << 32) + 8])
+def test_more_columns_than_one_dimension_of_the_grid_has(width):
+    """The last piece of a row of so many columns lies in the third dimension."""
     _, vectors, grid = triton_backend._tile(width, 2)
     tile = (width - 1) // (vectors * 8)
     assert tile >= grid[0] == 65535
@@ -95,6 +96,47 @@ def test_more_columns_than_one_dimension_of_the_grid_has():
     halves = np.stack(words, -1).astype(np.uint32).view(np.uint16)  # low half first
     u = torch.from_numpy((2 * halves.astype(np.float32) + 1 - 65536) * np.float32(2.0**-16))
     assert equal_bits(out, (rows.float() + torch.tensor(0.1) * u).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_ids_out_of_range_make_their_rows_nan_and_read_nothing(dtype):
+    """On the CPU the checks before the kernel would not let them through."""
+    rows = table(10, 100, torch.float32)
+    far = 2**40 if dtype == torch.int64 else 2**31 - 1
+    ids = torch.tensor([1, 10, -1, far, -far], dtype=dtype)
+    for per_token, magnitude in ((None, 0.1), (None, 0.0), (torch.tensor([0.1, 0.0, 0.1, 0.0, 0.1]), 0.0)):
+        out = triton_backend.noisy_embedding(ids, rows, SEED, per_token, magnitude, 0, 0)
+        assert out.isnan().all(-1).tolist() == [False, True, True, True, True]
+        assert equal_bits(
+            out[:1],
+            reference.noisy_embedding(
+                ids[:1].long(), rows, SEED, None, magnitude or 0.1 * (per_token is not None), 0, 0
+            ),
+        )
+
+
+def test_magnitudes_of_more_than_two_to_the_31_tokens():
+    """The last of 2**20 + 1 rows of 2**11 tokens, of which memory has that one."""
+    length, row = 1 << 11, 1 << 20
+    mask = (torch.arange(length) < 700).long()
+    out, scratch = torch.empty(length), torch.empty(length, dtype=torch.int32)
+    counts = torch.zeros(length + 1, dtype=torch.int32)
+    gpu.blocks = [row]
+    try:
+        triton_magnitude.token_magnitude_kernel[(row + 1, 1, 1)](
+            Window(out, row * length, 1 << 44),
+            Window(counts, row * (length + 1), 1 << 45),
+            Window(scratch, row * length, 1 << 46),
+            Window(mask, row * length, 1 << 47),
+            None,
+            *(0, 0x40140000, 64, length),  # alpha 5.0
+            1024,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    finally:
+        gpu.blocks = None
+    assert torch.equal(out, triton_magnitude.token_magnitude(mask, None, 5.0, 64))
 
 
 def test_fusing_is_noticed():

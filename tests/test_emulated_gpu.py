@@ -8,7 +8,7 @@ import torch
 from emulated_gpu import arithmetic, ptx
 from emulated_gpu.arithmetic import Unsupported
 from emulated_gpu.machine import Launch
-from emulated_gpu.memory import Memory, MemoryFault
+from emulated_gpu.memory import Memory, MemoryFault, Threads
 
 OUT, IN = 1 << 20, 1 << 30  # addresses
 
@@ -152,6 +152,7 @@ def test_threads_part_and_meet_again():
         ("down.b32 %r1|%p1, %r0, 3, 31", lambda n: n + 3 if n + 3 < 32 else None),
         ("bfly.b32 %r1|%p1, %r0, 9, 31", lambda n: n ^ 9),
         ("idx.b32 %r1|%p1, %r0, 9, 31", lambda n: 9),
+        ("up.b32 %r1|%p1, %r0, 35, 0", lambda n: n - 3 if n >= 3 else None),  # five bits of a distance count
         ("up.b32 %r1|%p1, %r0, 1, 0x1800", lambda n: n - 1 if n % 8 else None),  # within eight lanes
     ],
 )
@@ -225,6 +226,11 @@ FAULTS = {  # the error, and its cause
     "races with a write by another": "st.global.b32 [%rd0], %r0; @%p1 ret; ld.global.b32 %r1, [%rd0+8];",
     "two threads write the same byte": "ld.param.u64 %rd2, [out]; st.global.b32 [%rd2], %r0;",
     "two threads write the same byte of shared": SHARED + "st.shared.b32 [%r9], %r0;",
+    "an addition of out by thread 40 races with a write": "ld.param.u64 %rd2, [out]; setp.eq.s32 %p1, %r38, 0;"
+    "setp.eq.s32 %p2, %r38, 40; @%p1 st.global.b32 [%rd2], %r0; @%p1 red.global.cta.relaxed.add.u32 [%rd2], 1;"
+    "@%p2 red.global.cta.relaxed.add.u32 [%rd2], 1;",
+    "a write of out by thread 64 races with a read": "ld.param.u64 %rd2, [out]; ld.global.b32 %r1, [%rd2]; bar.sync 0;"
+    "setp.eq.s32 %p1, %r38, 64; @%p1 ld.global.b32 %r1, [%rd2]; bar.sync 0; @%p1 st.global.b32 [%rd2], %r0;",
     "only atomically within a block": "ld.param.u64 %rd2, [out]; red.global.cta.relaxed.add.u32 [%rd2], 1;",
 }
 
@@ -240,8 +246,9 @@ def test_memory_is_watched(message):
 def test_additions_within_a_block_are_no_race(add):
     body = f"ld.param.u64 %rd2, [out]; mad.wide.u32 %rd2, %r38, 0, %rd2; {add}[%rd2], %r0;"
     assert run(body, threads=64, results=1).tolist() == [2016]
-    with pytest.raises(MemoryFault, match="races with a write"):
-        run(body + "ld.global.b32 %r1, [%rd2];", threads=64, results=1)
+    for reader in ("", "setp.eq.s32 %p1, %r0, 63; @%p1 "):  # the thread whose addition came last is no exception
+        with pytest.raises(MemoryFault, match="races with an addition"):
+            run(body + reader + "ld.global.b32 %r1, [%rd2];", threads=64, results=1)
     assert run(body + "bar.sync 0; ld.global.b32 %r1, [%rd2];", threads=64, results=1).tolist() == [2016]
 
 
@@ -252,6 +259,10 @@ UNSUPPORTED = {  # what it says, and of what
     "sin.approx.f32": "mov.f32 %f1, 0f3F800000; sin.approx.f32 %f1, %f1;",
     "how it rounds": "cvt.rz.f32.s32 %f1, %r0;",
     "which nothing has written": "add.s32 %r1, %r2, 1;",
+    "this kind of barrier": "bar.sync 1;",
+    "the modifiers": "ld.global.nc.b32 %r1, [%rd1];",
+    "a constant of 64 bits as f32": "mov.f32 %f1, 0d3FF0000000000000;",
+    "%r0 as s64": "add.s64 %rd2, %r0, 1;",
     "a generic address": "ld.b32 %r1, [%rd1];",
     "what was there before": "atom.global.cta.add.u32 %r1, [%rd0], %r0; add.s32 %r2, %r1, 1;",
     "an exchange within a part": "shfl.sync.up.b32 %r1, %r0, 1, 0, 0xFFFF;",
@@ -276,3 +287,11 @@ def test_a_launch_that_no_gpu_would_make():
     ):
         with pytest.raises(ValueError, match=message):
             Launch(kernel, grid, threads, parameters, {})
+
+
+def test_writes_are_counted_to_the_end():
+    memory = Memory("a byte", np.zeros(1, np.uint8))
+    one = np.ones(1, np.int32)
+    for _ in range(257):
+        memory.store(np.zeros(1, np.int64), np.zeros((1, 1), np.uint8), Threads(one, one, one))
+    assert memory.times_written == [255]

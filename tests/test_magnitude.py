@@ -187,6 +187,14 @@ def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
         assert torch.equal(got, want), case
 
 
+def test_every_bit_of_alpha_counts():
+    """The words that kernels get it in have their highest bits set, or not."""
+    mask = torch.tensor([[1, 1, 0]])
+    for alpha in (0.1, 5.0, 1 / 3, 2 / 3, 1e-300, math.pi):
+        want = torch.tensor(alpha / math.sqrt(2 * D), dtype=torch.float64).float()
+        assert noise_magnitude(ids(1, 3), D, alpha, attention_mask=mask).tolist() == [[want, want, 0.0]], alpha
+
+
 def test_without_any_alpha_there_is_none():
     """Also where a schedule begins with 0, whose bits are those of a small integer."""
     for case in ({"attention_mask": torch.tensor([[1, 1, 0]])}, {"position_ids": torch.tensor([[0, 1, 0]])}):

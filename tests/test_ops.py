@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU_BACKENDS
@@ -156,7 +157,7 @@ class _Names(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_whoever_watches_ops_sees_ours(backend):
-    """Triton's implementation is called directly, but not where a mode, a profiler, a trace or a subclass would miss it."""
+    """Modes, profilers, traces and subclasses."""
     weight, ids = torch.randn(5, 4, requires_grad=True), torch.tensor([[0, 1]])
     name = f"neft_kernels.noisy_embedding.{backend}"
 
@@ -164,8 +165,6 @@ def test_whoever_watches_ops_sees_ours(backend):
         return noisy_embedding(ids, weight, 0.1, seed=3, backend=backend)
 
     expected = call()
-    is_direct = ops.implementation("noisy_embedding", backend, ids, weight) is not OVERLOADS["noisy_embedding"][backend]
-    assert is_direct == (backend == "triton")
     for mode in (_Names(), _FunctionNames()):
         with mode:
             assert torch.equal(call(), expected)
@@ -179,3 +178,32 @@ def test_whoever_watches_ops_sees_ours(backend):
         fake = noisy_embedding(fakes.from_tensor(ids), fakes.from_tensor(weight), 0.1, seed=3, backend=backend)
     assert isinstance(fake, FakeTensor)
     assert fake.shape == expected.shape
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_tensors_that_are_read_another_way_than_they_lie(backend):
+    """The imaginary part of a conjugate has its sign in a flag."""
+    ids = torch.tensor([[0, 1]])
+    flagged = torch.full((3, 4), -5.0).mul(1j).conj().imag
+    assert flagged.is_neg()
+    plain = flagged.clone()
+    assert not plain.is_neg()
+    for magnitude in (0.1, torch.tensor([[0.1, 0.2]]), torch.tensor([[-0.1j, -0.2j]]).conj().imag):
+        expected = noisy_embedding(
+            ids, plain, magnitude.clone() if isinstance(magnitude, torch.Tensor) else 0.1, seed=3
+        )
+        assert torch.equal(noisy_embedding(ids, flagged, magnitude, seed=3, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_numbers_of_other_types(backend):
+    """A bool or numpy's integer is the number that it stands for, whatever came before it."""
+    ids, weight = torch.tensor([[0, 1]]), torch.randn(5, 4)
+    for stream in (True, np.int64(7), 2, False, 1):
+        got = noisy_embedding(ids, weight, 0.1, seed=3, stream=stream, first_token=stream, backend=backend)
+        expected = noisy_embedding(
+            ids, weight, 0.1, seed=3, stream=int(stream), first_token=int(stream), backend="reference"
+        )
+        assert torch.equal(got, expected), stream
+    with pytest.raises((RuntimeError, TypeError), match="stream"):
+        noisy_embedding(ids, weight, 0.1, seed=3, stream=3.0, backend=backend)

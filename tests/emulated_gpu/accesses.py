@@ -14,7 +14,7 @@ from emulated_gpu.registers import Registers
 from emulated_gpu.threads import WARP, Grid, check_whole_warps
 
 SECTOR_BYTES = 32  # what DRAM moves at least
-_CACHE_HINTS = re.compile(r"L1::\w+|L2::\w+|nc|ca|cg|cs|relaxed|weak|cta|gpu")
+_CACHE_HINTS = re.compile(r"L1::\w+|L2::\w+|ca|cg|cs|relaxed|weak|cta|gpu")
 _STATE_SPACES = ("param", "global", "shared", "shared::cta")
 
 

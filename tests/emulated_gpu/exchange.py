@@ -20,7 +20,7 @@ def shuffle(grid: Grid, registers: Registers, instruction: Instruction, threads:
     check_whole_warps(grid, threads)
     result, is_from_inside = result if isinstance(result, tuple) else (result, None)
     values = registers.spread(value, "b32", threads)
-    lane, by = grid.lane[threads], registers.value(distance, "u32", threads).astype(np.int64)
+    lane, by = grid.lane[threads], registers.value(distance, "u32", threads).astype(np.int64) & 31
     bound = registers.value(clamp, "u32", threads).astype(np.int64)
     segment, limit = bound >> 8 & 31, bound & 31
     highest = lane & segment | limit & ~segment & 31

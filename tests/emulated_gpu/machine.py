@@ -8,7 +8,7 @@ from emulated_gpu.accesses import Accesses, Traffic
 from emulated_gpu.arithmetic import Unsupported, compute, operand_types
 from emulated_gpu.exchange import reduce, shuffle
 from emulated_gpu.memory import Memory, MemoryFault
-from emulated_gpu.ptx import Instruction, Kernel, Symbol
+from emulated_gpu.ptx import Immediate, Instruction, Kernel, Symbol
 from emulated_gpu.registers import Registers
 from emulated_gpu.threads import Grid
 
@@ -125,7 +125,7 @@ class Launch:
             raise type(error)(f"{error}, in `{instruction.text}` of {self.kernel.name}") from None
 
     def _wait(self, instruction: Instruction, threads: np.ndarray) -> None:
-        if instruction.modifiers not in (("sync",), ("sync", "aligned")) or len(instruction.operands) != 1:
+        if instruction.modifiers not in (("sync",), ("sync", "aligned")) or instruction.operands != (Immediate(0),):
             raise Unsupported("this kind of barrier")
         # An aligned barrier is for whole warps.
         warps = np.unique(self.grid.warp_of[threads])

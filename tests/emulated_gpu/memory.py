@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NOBODY = 0  # threads count from 1 here
+NOBODY, SEVERAL = 0, -1  # threads and blocks count from 1
 
 
 class MemoryFault(Exception):
@@ -18,6 +18,33 @@ class Threads:
     thread: np.ndarray
     block: np.ndarray
     barriers: np.ndarray
+
+
+class _LastAccess:
+    """For each byte, which thread made the last access of a kind, of which block, and after how many of its barriers.
+
+    Several threads since the block's last barrier are SEVERAL, and so are several blocks, of which no barrier orders any two.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.thread, self.block, self.time = (np.zeros(size, np.int32) for _ in range(3))
+
+    def note(self, place: np.ndarray, threads: Threads) -> None:
+        thread, block, now = (each[:, None] for each in (threads.thread, threads.block, threads.barriers))
+        is_same_block = (self.block[place] == block) | (self.block[place] == NOBODY)
+        is_ordered = is_same_block & ((self.time[place] < now) | (self.thread[place] == NOBODY))
+        mine = np.where(is_ordered | (is_same_block & (self.thread[place] == thread)), thread, SEVERAL)
+        my_block = np.where(is_same_block, block, SEVERAL)
+        self.thread[place], self.block[place], self.time[place] = mine, my_block, now
+        # Several threads of this very access: whoever came last has overwritten the others.
+        self.block[place[self.block[place] != my_block]] = SEVERAL
+        self.thread[place[self.thread[place] != mine]] = SEVERAL
+
+    def is_in_the_way_of(self, place: np.ndarray, threads: Threads) -> np.ndarray:
+        """Where no barrier of their block orders it and an access by `threads`."""
+        thread, block, now = (each[:, None] for each in (threads.thread, threads.block, threads.barriers))
+        is_unordered = (self.block[place] != block) | (self.time[place] == now)
+        return (self.thread[place] != NOBODY) & (self.thread[place] != thread) & is_unordered
 
 
 class Memory:
@@ -34,12 +61,9 @@ class Memory:
         self.name, self.data, self.accessible, self.one_writer = name, data, accessible, not shared
         size = len(data)
         self.is_written = np.zeros(size, bool) if shared else None
+        #: By stores and additions, a byte once where several threads write it at once, and 255 for more.
         self.times_written = np.zeros(size, np.uint8)
-        # Who wrote and who read last, and when; several readers since the last barrier count as -1.
-        self._writer, self._reader = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self._write_block, self._read_block = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self._write_time, self._read_time = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        self._by_atomic = np.zeros(size, bool)
+        self._reads, self._stores, self._additions = (_LastAccess(size) for _ in range(3))
 
     def _bytes(self, offset: np.ndarray, size: int, what: str) -> np.ndarray:  # [accesses, size]
         found = offset[:, None] + np.arange(size)
@@ -52,20 +76,12 @@ class Memory:
             )
         return found
 
-    def _check_race(self, place: np.ndarray, threads: Threads, what: str, *, with_readers: bool, atomic: bool) -> None:
-        thread, block, now = (each[:, None] for each in (threads.thread, threads.block, threads.barriers))
-        pairs = [("a write", self._writer, self._write_block, self._write_time)]
-        if with_readers:
-            pairs.append(("a read", self._reader, self._read_block, self._read_time))
-        for other_what, others, blocks, times in pairs:
-            other = others[place]
-            races = (other != NOBODY) & (other != thread) & ((blocks[place] != block) | (times[place] == now))
-            if atomic and others is self._writer:
-                races &= ~(self._by_atomic[place] & (blocks[place] == block))
+    def _check_race(self, place: np.ndarray, threads: Threads, what: str, others: dict[str, np.ndarray]) -> None:
+        for other, races in others.items():
             if races.any():
                 access, _ = np.argwhere(races)[0]
                 raise MemoryFault(
-                    f"{what} of {self.name} by thread {threads.thread[access] - 1} races with {other_what} by another, "
+                    f"{what} of {self.name} by thread {threads.thread[access] - 1} races with {other} by another, "
                     f"at byte {place[access, 0]}"
                 )
 
@@ -73,27 +89,26 @@ class Memory:
         place = self._bytes(offset, size, "a read")
         if self.is_written is not None and not self.is_written[place].all():
             raise MemoryFault(f"a read of {self.name} before anything was written there")
-        self._check_race(place, threads, "a read", with_readers=False, atomic=False)
-        thread, block, now = (each[:, None] for each in (threads.thread, threads.block, threads.barriers))
-        # Whoever reads what another thread has read since the last barrier makes it several.
-        last = self._reader[place]
-        alone = (
-            (last == NOBODY) | (last == thread) | ((self._read_block[place] == block) & (self._read_time[place] < now))
-        )
-        self._read_block[place], self._read_time[place] = block, now
-        mine = np.where(alone, thread, -1)
-        self._reader[place] = mine
-        shared = self._reader[place] != mine  # by threads of this very access
-        self._reader[place[shared]] = -1
+        others = {
+            "a write": self._stores.is_in_the_way_of(place, threads),
+            "an addition": self._additions.is_in_the_way_of(place, threads),
+        }
+        self._check_race(place, threads, "a read", others)
+        self._reads.note(place, threads)
         return self.data[place]
 
     def store(self, offset: np.ndarray, values: np.ndarray, threads: Threads) -> None:  # uint8 [accesses, size]
         place = self._bytes(offset, values.shape[1], "a write")
-        self._check_race(place, threads, "a write", with_readers=True, atomic=False)
-        self._note_write(place, threads, atomic=False)
+        others = {
+            "a write": self._stores.is_in_the_way_of(place, threads),
+            "an addition": self._additions.is_in_the_way_of(place, threads),
+            "a read": self._reads.is_in_the_way_of(place, threads),
+        }
+        self._check_race(place, threads, "a write", others)
+        self._note_write(self._stores, place, threads)
         self.data[place] = values
         # Triton lets threads that hold the same value write it to the same place in shared memory.
-        several = self._writer[place] != threads.thread[:, None]
+        several = self._stores.thread[place] == SEVERAL
         if several.any() and (self.one_writer or (self.data[place] != values).any()):
             raise MemoryFault(f"two threads write the same byte of {self.name} at once")
 
@@ -101,17 +116,18 @@ class Memory:
         """Atomic additions of unsigned integers, within the block."""
         size = values.dtype.itemsize
         place = self._bytes(offset, size, "an addition")
-        self._check_race(place, threads, "an addition", with_readers=True, atomic=True)
-        self._note_write(place, threads, atomic=True)
-        if (self._write_block[place] != threads.block[:, None]).any():
+        others = {
+            "a write": self._stores.is_in_the_way_of(place, threads),
+            "a read": self._reads.is_in_the_way_of(place, threads),
+        }
+        self._check_race(place, threads, "an addition", others)
+        self._note_write(self._additions, place, threads)
+        if (self._additions.block[place] == SEVERAL).any():
             raise MemoryFault(f"two blocks add to the same byte of {self.name}, but only atomically within a block")
         np.add.at(self.data.view(values.dtype), offset // size, values)
 
-    def _note_write(self, place: np.ndarray, threads: Threads, *, atomic: bool) -> None:
-        self._writer[place] = threads.thread[:, None]
-        self._write_block[place] = threads.block[:, None]
-        self._write_time[place] = threads.barriers[:, None]
-        self._by_atomic[place] = atomic
-        self.times_written[place] += 1  # a byte once, also where several threads add to it
+    def _note_write(self, kind: _LastAccess, place: np.ndarray, threads: Threads) -> None:
+        kind.note(place, threads)
+        self.times_written[place] = np.minimum(self.times_written[place], 254) + 1
         if self.is_written is not None:
             self.is_written[place] = True

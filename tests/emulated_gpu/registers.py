@@ -33,12 +33,12 @@ class Registers:
         dtype = NUMPY[kind]
         if isinstance(operand, Register):
             values = self.read(operand, threads)
-            if values.dtype != bool and values.dtype.itemsize > dtype.itemsize:
+            if values.dtype.itemsize != dtype.itemsize or (values.dtype == bool) != (kind == "pred"):
                 raise Unsupported(f"{operand.name} as {kind}")
-            if values.dtype != bool and values.dtype.itemsize < dtype.itemsize:
-                values = values.astype(f"u{dtype.itemsize}")
             return values.view(dtype)
         if isinstance(operand, Immediate):
+            if operand.float_bits not in (0, 8 * dtype.itemsize):
+                raise Unsupported(f"a constant of {operand.float_bits} bits as {kind}")
             bits = operand.value & (1 << 8 * dtype.itemsize) - 1
             if kind == "pred":
                 return np.array([bool(operand.value)])

@@ -42,7 +42,7 @@ class Grid:
 
     def who(self, threads: np.ndarray) -> Threads:
         """`threads` for the memory that they access."""
-        return Threads(threads + 1, self.block[threads], self.barriers[self.block[threads]])
+        return Threads(threads + 1, self.block[threads] + 1, self.barriers[self.block[threads]])
 
     def num_warps(self, threads: np.ndarray) -> int:
         """How many warps `threads`, in order, belong to."""
