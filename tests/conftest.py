@@ -78,6 +78,8 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def pytest_terminal_summary(terminalreporter):
+    if "test_compiled_cuda.py" in collect_ignore:
+        terminalreporter.write_line("nvcc is not on the PATH: test_compiled_cuda.py WAS NOT RUN", yellow=True)
     for nodeid in _unexpected_skips:
         terminalreporter.write_line(f"FAILED: skipped, but should have run: {nodeid}", red=True)
 

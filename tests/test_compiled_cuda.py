@@ -51,6 +51,17 @@ def kernels(tmp_path_factory):
     return found
 
 
+def seed_of(arguments):
+    """The memory that the seed is read from."""
+    offset = type(arguments).seed.offset
+    return {ctypes.addressof(arguments) + offset: Memory("the seed", np.frombuffer(arguments, np.uint8)[offset:][:8])}
+
+
+def launch_of(launch, kernel, memories):
+    grid, threads = ((index.x, index.y, index.z) for index in (launch.grid, launch.threads))
+    return machine.Launch(kernel, grid, threads, bytes(launch.parameters)[: launch.parameter_bytes], memories).run()
+
+
 def run(library, kernels, rows, ids=None, token_magnitude=None, magnitude=0.0, identity=IDENTITIES[1], **switches):
     """The launch's traffic, and its output, every byte of which was written once."""
     arguments, out = arguments_of(rows, ids, token_magnitude, magnitude, identity, **switches)
@@ -59,14 +70,8 @@ def run(library, kernels, rows, ids=None, token_magnitude=None, magnitude=0.0, i
     kernel = kernels[ELEMENT_NAMES[rows.dtype], bool(launch.aligned), ID_NAMES[None if ids is None else ids.dtype]]
     assert launch.parameter_bytes == kernel.parameter_bytes
     memories = memories_of([each for each in (rows, ids, token_magnitude, out) if each is not None])
-    seed = np.frombuffer(arguments, np.uint8)[type(arguments).seed.offset :][:8]
-    memories[ctypes.addressof(arguments) + type(arguments).seed.offset] = Memory("the seed", seed)
-    traffic = machine.Launch(
-        kernel,
-        *((index.x, index.y, index.z) for index in (launch.grid, launch.threads)),
-        bytes(launch.parameters)[: launch.parameter_bytes],
-        memories,
-    ).run()
+    memories |= seed_of(arguments)
+    traffic = launch_of(launch, kernel, memories)
     for address, memory in memories.items():
         assert (memory.times_written == (address == out.data_ptr())).all()
     return traffic, out
@@ -131,6 +136,22 @@ def test_no_byte_is_moved_in_vain(library, kernels, dtype):
     warps = 5 * row_bytes // (32 * 64)
     assert traffic.bytes["load"] == 4 * row_bytes + warps * 32 * (8 + 8)  # every thread reads the seed and the id
     assert traffic.sectors["load"] * SECTOR_BYTES == 4 * row_bytes + warps * 2 * SECTOR_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_further_apart_than_32_bits_count(library, kernels, dtype):
+    """Row 1 lies 2**31 + 8 elements behind row 0; memory has these two."""
+    apart = 2**31 + 8
+    rows, ids = table(dtype, 64, 2), torch.tensor([1, 0])
+    arguments, out = arguments_of(rows, ids, magnitude=0.3)
+    arguments.storage, arguments.row_stride = 1 << 44, apart
+    launch = Launch()
+    library.launch(ctypes.byref(arguments), ctypes.byref(launch))
+    memories = memories_of([ids, out]) | seed_of(arguments)
+    for number, row in enumerate(rows.contiguous().view(torch.uint8).numpy()):
+        memories[(1 << 44) + number * apart * dtype.itemsize] = Memory("a row", row)
+    launch_of(launch, kernels[ELEMENT_NAMES[dtype], True, "RowOfIdIl"], memories)
+    assert equal_bits(out, expected_of(rows, ids, magnitude=0.3))
 
 
 def test_a_touch_beside_the_table_is_noticed(library, kernels):

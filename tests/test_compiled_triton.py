@@ -71,7 +71,7 @@ def test_more_than_two_to_the_31_elements():
     """The last two of 2**17 + 3 rows of 2**14 columns, written from the same rows of as large a table."""
     width, num_rows = 1 << 14, (1 << 17) + 3
     rows = table(2, width, torch.bfloat16)
-    out = torch.empty_like(rows)
+    out = torch.full_like(rows, math.nan)
 
     def of_last_rows(grid):
         return [y * grid[0] + x for y in range(grid[1]) for x in range(grid[0] - 2, grid[0])]
@@ -88,7 +88,7 @@ def test_more_columns_than_one_dimension_of_the_grid_has(width):
     assert tile >= grid[0] == 65535
     first = tile * vectors * 8
     rows = table(1, width - first, torch.bfloat16)
-    out = torch.empty_like(rows)
+    out = torch.full_like(rows, math.nan)
     launch_last(rows, out, 1, width, first, None, 5, lambda grid: [tile])
     blocks = np.arange(first // 8, width // 8)
     seed, token = SEED.item(), np.full_like(blocks, 5)

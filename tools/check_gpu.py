@@ -162,7 +162,7 @@ def check_triton(target_name: str, dtype_name: str, width: int, options: dict[st
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, rows, *noise)
-    # Where no vector fits; and where sizes and strides are 1, which Triton compiles in as constants.
+    # Where no vector fits; and where a row is narrower than one.
     for variant, odd in (("unaligned", rows[:, 1 : width - 1 : 2]), ("unaligned, width 1", rows[:, :1].contiguous())):
         launches["add_noise", variant] = partial(triton_backend.add_noise, odd, *noise)
         launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, odd, *noise)

@@ -46,7 +46,7 @@ class MachineCode:
     fused: list[str] = field(default_factory=list)
     #: Products and sums that take subnormal numbers for zero.
     flushing: list[str] = field(default_factory=list)
-    #: Waits until other threads see what was written, on the whole device or beyond.
+    #: Waits until other threads see what was written.
     fences: list[str] = field(default_factory=list)
 
 
