@@ -169,9 +169,8 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
     if vectors_of_row <= 32:
         vectors = triton.next_power_of_2(vectors_of_row)
     else:
-        widths = [
-            TILE_VECTORS >> halvings for halvings in range(TILE_VECTORS.bit_length()) if TILE_VECTORS >> halvings >= 32
-        ]
+        halved = (TILE_VECTORS >> times for times in range(TILE_VECTORS.bit_length()))
+        widths = [width for width in halved if width >= 32]
         vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
     column_tiles = -(-vectors_of_row // vectors)
     return TILE_VECTORS // vectors, vectors, (min(column_tiles, _MAX_GRID_Y), -(-column_tiles // _MAX_GRID_Y))

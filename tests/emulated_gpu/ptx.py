@@ -1,7 +1,7 @@
 """PTX text as instructions."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 REGISTER_BITS = {"pred": 1, "b16": 16, "u16": 16, "s16": 16, "b32": 32, "u32": 32, "s32": 32, "f32": 32}
 REGISTER_BITS |= {"b64": 64, "u64": 64, "s64": 64, "f64": 64}
@@ -54,13 +54,12 @@ class Instruction:
 @dataclass(frozen=True)
 class Kernel:
     name: str
-    target: str  # sm_90a
     parameters: dict[str, tuple[int, int]]  # offset and bytes in the block of parameters
     registers: dict[str, int]  # prefix: bits
     shared: dict[str, int]  # variables in shared memory: offset
     shared_bytes: int  # of those whose size is known before the launch
     instructions: tuple[Instruction, ...]
-    labels: dict[str, int] = field(hash=False)
+    labels: dict[str, int]  # the number of the instruction behind each
 
     @property
     def parameter_bytes(self) -> int:
@@ -116,7 +115,6 @@ def _parameters(text: str) -> dict[str, tuple[int, int]]:
 
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX module, by name."""
-    target = re.search(r"^\s*\.target (\w+)", text, re.MULTILINE)[1]  # type: ignore[index]
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"^\s*\.(loc|file)\b[^\n]*$", "", text, flags=re.MULTILINE)
     shared, shared_bytes = {}, 0
@@ -140,6 +138,6 @@ def parse(text: str) -> dict[str, Kernel]:
             elif statement and not statement.startswith(".pragma"):
                 instructions.append(_instruction(statement))
         kernels[entry[1]] = Kernel(
-            entry[1], target, _parameters(entry[2]), registers, shared, shared_bytes, tuple(instructions), labels
+            entry[1], _parameters(entry[2]), registers, shared, shared_bytes, tuple(instructions), labels
         )
     return kernels
