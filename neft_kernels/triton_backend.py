@@ -24,6 +24,8 @@ __all__ = ["add_noise", "noisy_embedding"]
 # Of a program: four vectors for each thread. benchmarks/tune_gpu.py tries others.
 TILE_VECTORS = 512
 NUM_WARPS = 4
+# Of a thread. With no bound ptxas saves registers: it loads three of the four vectors only once the first one is done.
+MAX_REGISTERS = 64
 _MAX_GRID_Y = 65535
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -181,9 +183,15 @@ _compiled: dict[tuple, Any] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: tuple, numbers: tuple[int | float, ...], *constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple,
+    numbers: tuple[int | float, ...],
+    *constants: Any,
+    max_registers: int | None = None,
 ) -> None:
     """Launches a kernel of `tensors`, `numbers` and `constants`, which must not be specialized on its numbers' values.
+    `max_registers` of a thread, on NVIDIA's GPUs, must follow from the constants.
 
     To look the compiled kernel up takes Triton longer than the launch. What it depends on is little here: the types of the
     tensors, whether they lie on 16 bytes, the constants, and, of the numbers, whether 32 bits hold them. Where they do not,
@@ -198,7 +206,10 @@ def launch(
         if is_usual and (compiled := _compiled.get(key)) is not None:
             compiled[grid](*tensors, *numbers, *constants)
             return
-        compiled = kernel[grid](*tensors, *numbers, *constants, num_warps=NUM_WARPS, enable_fp_fusion=False)
+        options: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+        if max_registers is not None and not _INTERPRETED and driver.active.get_current_target().backend == "cuda":
+            options["maxnreg"] = max_registers
+        compiled = kernel[grid](*tensors, *numbers, *constants, **options)
         if is_usual and compiled is not None:  # None: interpreted
             _compiled[key] = compiled
 
@@ -242,7 +253,8 @@ def _noisy_rows(
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
     launch_grid = (-(-num_tokens // rows_of_tile), *grid)
-    launch(noisy_rows_kernel, launch_grid, tensors, numbers, unit, column_stride == 1, rows_of_tile, vectors)
+    constants = (unit, column_stride == 1, rows_of_tile, vectors)
+    launch(noisy_rows_kernel, launch_grid, tensors, numbers, *constants, max_registers=MAX_REGISTERS if unit > 1 else None)
     return out
 
 

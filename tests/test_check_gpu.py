@@ -59,6 +59,12 @@ def test_guards_see_a_bad_triton_kernel(target, expected):
         assert sentence in result.stderr, result.stderr
 
 
+def test_a_triton_kernel_without_a_bound_on_registers_waits_for_its_loads():
+    result = check_gpu("--no-nvcc", "--target", "sm_90", "--dtype", "bfloat16", "--triton-option", "maxnreg=None")
+    assert result.returncode == 1
+    assert "of 4 loads of 16 bytes under way" in result.stderr
+
+
 TOO_FEW_REGISTERS = "--nvcc-flag=-Xptxas=--override-directive-values,--maxrregcount=24"
 
 if HAS_NVCC:
@@ -100,7 +106,10 @@ GOOD_SASS = (
         /*0040*/                   IMAD.WIDE.U32 R2, R4, -0x2daee0ad, RZ ;   /* 0x0 */
         /*0050*/                   NOP;   /* 0x0 */
 """
-    + 4 * "        /*0060*/               @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64+0x800] ;   /* 0x0 */\n"
+    + "".join(
+        f"        /*0060*/               @!P0 LDG.E.128.CONSTANT R{first}, desc[UR4][R2.64+0x800] ;   /* 0x0 */\n"
+        for first in (12, 16, 20, 24)
+    )
 )
 GOOD_USAGE = "  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:640"
 
@@ -116,6 +125,7 @@ BAD = {
     "spills 16": (GOOD_SASS + "/*0070*/ STL.128 [R1], R4 ;", GOOD_USAGE),
     "needs 90 registers": (GOOD_SASS, GOOD_USAGE.replace("REG:40", "REG:90")),
     "loads rows": (GOOD_SASS.replace("LDG.E.128", "LDG.E.64"), GOOD_USAGE),
+    "uses what it loads with 3 of 4": (GOOD_SASS.replace("R24,", "R24, R15,"), GOOD_USAGE),
     "stores rows": (GOOD_SASS + "/*0070*/ STG.E.U16 desc[UR4][R2.64], R4 ;", GOOD_USAGE),
     "multiplies": (GOOD_SASS + 110 * "/*0070*/ IMAD.HI.U32 R2, R4, R5, RZ ;\n", GOOD_USAGE),
 }

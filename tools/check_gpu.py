@@ -6,12 +6,13 @@
 Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
 that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
 a kernel spills registers, fuses a product and a sum of the noise, takes subnormal numbers for zero or has a memory fence,
-and, where rows are aligned, if it uses shared memory, accesses rows in less than 16 bytes at a time, or needs more registers
-or more integer multiplications than it should.
+and, where rows are aligned, if it uses shared memory, accesses rows in less than 16 bytes at a time, waits for one part of
+them before it asks for the next, or needs more registers or more integer multiplications than it should.
 """
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
@@ -83,6 +84,8 @@ def complaints(kernel: Kernel, max_registers: int, max_multiplies: float) -> Ite
         yield f"needs {code.registers} registers, more than {max_registers}"
     if code.loads[128] != kernel.row_vectors or sum(code.loads.values()) - code.loads[128] > OTHER_LOADS:
         yield f"loads rows not in {kernel.row_vectors} times 16 bytes, but by bits: {widths(code.loads)}"
+    elif code.loads_in_flight < kernel.row_vectors:
+        yield f"uses what it loads with {code.loads_in_flight} of {kernel.row_vectors} loads of 16 bytes under way"
     if set(code.stores) != {128}:
         yield f"stores rows not in 16 bytes at a time, but by bits: {widths(code.stores)}"
     if code.multiplies > max_multiplies * kernel.philox_calls:
@@ -136,8 +139,9 @@ def machine_code(target_name: str, launch: Callable[[], object], options: dict[s
     codes = []
     for function, request in requests_of_launch(target, launch):
         source = ASTSource(function, request["signature"], request["constants"], request["configs"][0])
-        names = ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")
-        compiled = compile(source, target=target, options={name: request[name] for name in names} | options)
+        launched = json.loads(request["specialization_data"])["options"]
+        names = {"num_warps", "num_ctas", "num_stages", "enable_fp_fusion", "maxnreg"} & launched.keys()
+        compiled = compile(source, target=target, options={name: launched[name] for name in names} | options)
         if is_amd:
             codes.append(from_amdgcn(compiled.asm["amdgcn"], compiled.asm["llir"]))
         else:
@@ -231,6 +235,7 @@ HEADER = (
     "spill",
     "shared",
     "loads",
+    "ahead",
     "stores",
     "mul",
     "instr",
@@ -238,10 +243,10 @@ HEADER = (
 )
 
 LEGEND = """
-loads, stores: bits:count, of one thread; the seed, the id and the magnitude are the loads of less than 128 bits. mul,
-instr: wide integer multiplications and all instructions, for one call of Philox, that is for 16 bytes of a row (CUDA in
-fp64: 32). fused: multiply-adds that could round otherwise than the contract says, so not the exact ones that make numbers
-of half-words."""
+loads, stores: bits:count, of one thread; the seed, the id and the magnitude are the loads of less than 128 bits. ahead: the
+loads of 128 bits that are under way when what one of them loads is used. mul, instr: wide integer multiplications and all
+instructions, for one call of Philox, that is for 16 bytes of a row (CUDA in fp64: 32). fused: multiply-adds that could
+round otherwise than the contract says, so not the exact ones that make numbers of half-words."""
 
 
 def print_table(kernels: list[Kernel]) -> None:
@@ -261,6 +266,7 @@ def print_table(kernels: list[Kernel]) -> None:
                 str(max(code.spill_bytes for code in codes)),
                 str(max(code.shared_bytes for code in codes)),
                 widths(most.loads),
+                str(min(code.loads_in_flight for code in codes)),
                 widths(most.stores),
                 f"{max(code.multiplies for code in codes) / calls:.1f}",
                 f"{max(code.instructions for code in codes) / calls:.0f}",
@@ -280,8 +286,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="likewise, of Triton's kernels")
     parser.add_argument("--no-nvcc", action="store_true", help="leave the CUDA kernels out")
     parser.add_argument("--no-triton", action="store_true", help="leave the Triton kernels out")
-    # 72 registers leave room for 28 warps on a multiprocessor, so for 56 KB of loads in flight.
-    parser.add_argument("--max-registers", type=int, default=72)
+    # 64 registers leave room for 32 warps on a multiprocessor, so for 64 KB of loads in flight.
+    parser.add_argument("--max-registers", type=int, default=64)
     # Philox is 20 wide multiplications, and a few address the rows.
     parser.add_argument("--max-multiplies", type=float, default=25, help="for one call of Philox")
     parser.add_argument("--width", type=int, default=4096, help="embedding width that Triton's kernels are launched on")

@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # A half-word h becomes h * 2**-15 + (2**-16 - 1), which is exact, fused or not. These are the two constants as SASS and
@@ -39,6 +40,8 @@ class MachineCode:
     #: Accesses to global memory by their width in bits.
     loads: Counter = field(default_factory=Counter)
     stores: Counter = field(default_factory=Counter)
+    #: Loads of 16 bytes that are under way when the first of their results is used.
+    loads_in_flight: int = 0
     #: Multiplications of two 32-bit integers with a 64-bit result.
     multiplies: int = 0
     instructions: int = 0
@@ -48,6 +51,21 @@ class MachineCode:
     flushing: list[str] = field(default_factory=list)
     #: Waits until other threads see what was written.
     fences: list[str] = field(default_factory=list)
+
+
+def _in_flight(instructions: Iterable[tuple[bool, list[str]]]) -> int:
+    """How many loads of 16 bytes come before the first use of what one of them loads. Given for each instruction whether
+    it is such a load, and the registers it names; a load's first is what it fills: R4 (to R7) or v[4:7]."""
+    filled: set[int] = set()
+    loads = 0
+    for is_load, registers in instructions:
+        ranges = [[int(number) for number in re.findall(r"\d+", name)] for name in registers]
+        if any(number in filled for ends in ranges for number in range(ends[0], ends[-1] + 1)):
+            break
+        if is_load:
+            filled |= set(range(ranges[0][0], ranges[0][0] + 4))
+            loads += 1
+    return loads
 
 
 def _width(opcode: str) -> int:
@@ -71,6 +89,7 @@ def from_sass(sass: str, resource_usage: str) -> MachineCode:
     """From what ``cuobjdump -sass`` and ``cuobjdump --dump-resource-usage`` print of one function."""
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resource_usage)}
     code = MachineCode(used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"])
+    named = []
     for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;/]*?)\s*;", sass):
         opcode = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
         name = opcode.split(".")[0]
@@ -78,6 +97,7 @@ def from_sass(sass: str, resource_usage: str) -> MachineCode:
             continue
         code.instructions += 1
         code.multiplies += name == "IMAD" and ("WIDE" in opcode or "HI" in opcode)
+        named.append((name in ("LDG", "LD") and _width(opcode) == 128, re.findall(r"\bR\d+", instruction)))
         if name in ("LDG", "LD"):
             code.loads[_width(opcode)] += 1
         elif name in ("STG", "ST"):
@@ -90,6 +110,7 @@ def from_sass(sass: str, resource_usage: str) -> MachineCode:
             code.fused.append(instruction)
         if name in _ARITHMETIC_SASS and "FTZ" in opcode:
             code.flushing.append(instruction)
+    code.loads_in_flight = _in_flight(named)
     return code
 
 
@@ -101,13 +122,15 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
 
     spills = 4 * (of("vgpr_spill_count") + of("sgpr_spill_count")) + of("private_segment_fixed_size")
     code = MachineCode(of("vgpr_count"), spills, of("group_segment_fixed_size"))
-    fused = []
+    fused, named = [], []
     for instruction in re.findall(r"^\s+((?:v|s|ds|buffer|global|flat)_[^;\n]*)", assembly, re.MULTILINE):
         code.instructions += 1
         opcode = instruction.split()[0]
         code.multiplies += opcode.startswith(("v_mad_u64_u32", "v_mul_hi_u32", "v_mul_lo_u32"))
         if memory := _AMDGCN_MEMORY.match(opcode):
             (code.loads if memory[1] == "load" else code.stores)[_AMDGCN_BITS[memory[2].split("_")[0]]] += 1
+        is_vector = bool(memory) and memory[0].endswith("load_dwordx4")  # type: ignore[index]
+        named.append((is_vector, re.findall(r"\bv(?:\d+|\[\d+:\d+\])", instruction)))
         if (operation := _FUSED_AMDGCN.match(opcode)) and not _SUM_AMDGCN.match(instruction):
             fused += [instruction] * (2 if operation[1] else 1)
         if opcode.startswith(("buffer_wbl2", "buffer_inv", "buffer_wbinvl1")):
@@ -115,6 +138,7 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
     # Registers hold the constants here. So the exact ones are counted in the IR, and what is more comes from fusing.
     exact = sum(int(lanes or 1) for lanes in _HALF_TO_UNIFORM_IR.findall(ir))
     code.fused = fused[exact:]
+    code.loads_in_flight = _in_flight(named)
     code.flushing = re.findall(r"\.amdhsa_float_denorm_mode_\w+ [012]\b", assembly)
     return code
 
