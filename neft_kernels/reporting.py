@@ -1,16 +1,16 @@
 """Is it on? Which embeddings of a model are noisy, how, and why not."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from neft_kernels import ops
 from neft_kernels.distributed import is_dtensor
-from neft_kernels.modules import AddNoise, NEFTuneEmbedding
+from neft_kernels.modules import NEFTuneEmbedding
 from neft_kernels.noise import Noise
+from neft_kernels.placing import noisy_modules
 
-__all__ = ["EmbeddingReport", "Report", "describe", "noisy_modules"]
+__all__ = ["EmbeddingReport", "Report", "describe"]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,6 @@ class Report(tuple[EmbeddingReport, ...]):
 def describe(model: nn.Module) -> Report:
     """Which embeddings of `model` are noisy, how, and whether the noise is on at this moment. Waits for the device."""
     return Report(_report(name, module, noise) for name, module, noise in noisy_modules(model))
-
-
-def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Noise]]:
-    """Name, module and noise of each noisy embedding."""
-    for name, module in model.named_modules():
-        if isinstance(module, NEFTuneEmbedding) and module.noise is not None:
-            yield name, module, module.noise
-        for hook in module._forward_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, AddNoise):
-                yield name, module, owner.noise
 
 
 def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from neft_kernels.huggingface import replace_embeddings, restore_embeddings, set_alpha
 from neft_kernels.ops import logger
-from neft_kernels.reporting import noisy_modules
+from neft_kernels.placing import noisy_modules
 
 __all__ = ["NEFTuneCallback", "patch_transformers"]
 

@@ -254,7 +254,9 @@ def _noisy_rows(
     )
     launch_grid = (-(-num_tokens // rows_of_tile), *grid)
     constants = (unit, column_stride == 1, rows_of_tile, vectors)
-    launch(noisy_rows_kernel, launch_grid, tensors, numbers, *constants, max_registers=MAX_REGISTERS if unit > 1 else None)
+    launch(
+        noisy_rows_kernel, launch_grid, tensors, numbers, *constants, max_registers=MAX_REGISTERS if unit > 1 else None
+    )
     return out
 
 

@@ -97,19 +97,16 @@ def tool(monkeypatch):
     return check_gpu, machine_code
 
 
-GOOD_SASS = (
-    """
+GOOD_SASS = """
         /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;     /* 0x0 */
         /*0010*/                   FFMA R7, R7, R8, -0.9999847412109375 ;  /* 0x0 */
         /*0020*/                   HFMA2.MMA R9, -RZ, RZ, 0, 0 ;  /* 0x0 */
         /*0030*/              @P0  STG.E.128 desc[UR4][R2.64], R4 ;   /* 0x0 */
         /*0040*/                   IMAD.WIDE.U32 R2, R4, -0x2daee0ad, RZ ;   /* 0x0 */
         /*0050*/                   NOP;   /* 0x0 */
-"""
-    + "".join(
-        f"        /*0060*/               @!P0 LDG.E.128.CONSTANT R{first}, desc[UR4][R2.64+0x800] ;   /* 0x0 */\n"
-        for first in (12, 16, 20, 24)
-    )
+""" + "".join(
+    f"        /*0060*/               @!P0 LDG.E.128.CONSTANT R{first}, desc[UR4][R2.64+0x800] ;   /* 0x0 */\n"
+    for first in (12, 16, 20, 24)
 )
 GOOD_USAGE = "  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:640"
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from neft_kernels import describe, noise_magnitude, replace_embeddings
 from neft_kernels.layout import lay_out, may_be_laid_out
-from neft_kernels.reporting import noisy_modules
+from neft_kernels.placing import noisy_modules
 
 WIDTH, ALPHA = 16, 5.0
 GIVEN = torch.tensor([[3, 4, 5, 0, 0], [6, 7, 8, 9, 10]])

@@ -22,9 +22,7 @@ CONFIGS = {
     ),
     "trainable tokens": lambda: TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 4, 5]),
 }
-#: These look tokens up by themselves, past the embedding's own forward, so that noise has to be put on what they return.
-ONLY_AFTER = ("LoRA, trainable tokens", "trainable tokens")
-CASES = [(name, when) for name in CONFIGS for when in ("before", "after") if when == "after" or name not in ONLY_AFTER]
+CASES = [(name, when) for name in CONFIGS for when in ("before", "after")]
 
 
 def llama():
@@ -64,6 +62,7 @@ def trained(model, steps=2):
 def embedded(model, **batch):
     """What the model's embedding, with all that wraps it, returns in a forward pass."""
     outputs = []
+    describe(model)  # The noise is where it belongs from here on, and the hook below comes after it.
     handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: outputs.append(output))
     model(**(batch or {"input_ids": IDS, "attention_mask": MASK}))
     handle.remove()
@@ -88,10 +87,19 @@ def test_noise_is_there_exactly_once(name, when):
     check_noise_once(trained(adapted(name, when)))
 
 
-@pytest.mark.parametrize("name", ONLY_AFTER)
-def test_what_looks_tokens_up_by_itself_is_noisy_once_it_is_replaced_again(name):
-    model = replace_embeddings(adapted(name, "before"), ALPHA)
-    check_noise_once(trained(model))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_describe_and_no_noise_know_of_an_adapter_at_once(name):
+    """Not only from the first forward pass on, and also when it is merged again."""
+    model = replace_embeddings(llama(), ALPHA)
+    adapter = get_peft_model(model, CONFIGS[name]()).train()
+    (report,) = describe(adapter)
+    assert (report.module, report.strategy) == (type(model.get_input_embeddings()).__name__, "add_noise")
+    merged = adapter.merge_and_unload()
+    with no_noise(merged):
+        assert torch.equal(embedded(merged), torch.nn.functional.embedding(IDS, merged.get_input_embeddings().weight))
+    (report,) = describe(merged)
+    assert (report.module, report.strategy) == ("NEFTuneEmbedding", "fused")
+    check_noise_once(merged)
 
 
 @pytest.mark.parametrize(("name", "when"), CASES)
