@@ -1,4 +1,4 @@
-"""Which tile is the fastest on this GPU? Tries sizes of tiles and numbers of warps of the Triton kernel.
+"""Which tile is the fastest on this GPU? Tries sizes of tiles, numbers of warps and of registers of the Triton kernel.
 
     make tune-gpu          # or: python benchmarks/tune_gpu.py
 
@@ -9,6 +9,7 @@ bandwidth that each reaches, and appends to ``results/gpu_tuning.jsonl``. The co
 import argparse
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,26 +35,30 @@ SHAPES = (
 TILES = (128, 256, 512, 1024, 2048)  # vectors of 16 bytes
 WARPS = (1, 2, 4, 8)
 VECTORS_OF_THREAD = range(1, 17)
+REGISTERS = (None, 64, 96)  # the most that a thread may have; None: ptxas decides
 CHECKED_TOKENS = 512  # the first ones, against the reference
 
-Tile = tuple[int, int]  # vectors, warps
+Tile = tuple[int, int, int | None]  # vectors, warps, registers
 
 
 @contextlib.contextmanager
 def launched_as(tile: Tile) -> Iterator[None]:
     """Within this context the kernel is compiled and launched for `tile`."""
-    before, kept = (triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS), triton_backend._compiled
-    triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS = tile
+    before, kept = [getattr(triton_backend, name) for name in _CONSTANTS], triton_backend._compiled
+    for name, value in zip(_CONSTANTS, tile, strict=True):
+        setattr(triton_backend, name, value)
     triton_backend._compiled = _compiled_for.setdefault(tile, {})
     triton_backend._tile.cache_clear()
     try:
         yield
     finally:
-        triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS = before
+        for name, value in zip(_CONSTANTS, before, strict=True):
+            setattr(triton_backend, name, value)
         triton_backend._compiled = kept
         triton_backend._tile.cache_clear()
 
 
+_CONSTANTS = ("TILE_VECTORS", "NUM_WARPS", "MAX_REGISTERS")
 _compiled_for: dict[Tile, dict[tuple, Any]] = {}
 
 
@@ -70,19 +75,19 @@ def measure(shape: Shape, distribution: str, ceiling: float, rounds: int, timer:
     head = ids[:, :CHECKED_TOKENS]
     expected = noisy_embedding(head, weight, 0.1, seed=seed, backend="reference")
     calls: dict[str, Callable[[], Any]] = {"F.embedding": lambda: torch.nn.functional.embedding(ids, weight)}
-    for tile in (
-        (vectors, warps) for vectors in TILES for warps in WARPS if vectors // (32 * warps) in VECTORS_OF_THREAD
-    ):
+    for tile in itertools.product(TILES, WARPS, REGISTERS):
+        if tile[0] // (32 * tile[1]) not in VECTORS_OF_THREAD:
+            continue
         call = functools.partial(forward, tile, ids, weight, seed)
         assert torch.equal(call()[:, :CHECKED_TOKENS], expected), f"{tile} differs from the reference"
-        calls["{} vectors, {} warps".format(*tile)] = call
+        calls["{} vectors, {} warps, registers {}".format(*tile)] = call
     behind: list[str] = []
     times = interleaved(calls, rounds, timer, behind)
     floor = PASSES["ours"] * shape.elements * shape.dtype.itemsize / ceiling * 1e3
     print(f"\n{shape}, {distribution} ids: a copy of as many bytes takes {floor:.4f} ms")
     for name, (first, median, third) in sorted(times.items(), key=lambda item: item[1][1]):
         late = ", launched late" if name in behind else ""
-        print(f"  {name:22} {median:.4f} ms ({first:.4f} to {third:.4f}), {floor / median:.1%} of the copy{late}")
+        print(f"  {name:40} {median:.4f} ms ({first:.4f} to {third:.4f}), {floor / median:.1%} of the copy{late}")
     return {
         "shape": str(shape),
         "ids": distribution,

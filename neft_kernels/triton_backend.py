@@ -178,7 +178,7 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
     return TILE_VECTORS // vectors, vectors, (min(column_tiles, _MAX_GRID_Y), -(-column_tiles // _MAX_GRID_Y))
 
 
-#: Compiled kernels by all that they depend on.
+#: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
 _compiled: dict[tuple, Any] = {}
 
 
@@ -202,7 +202,7 @@ def launch(
     is_elsewhere = tensors[0].is_cuda and device != torch.cuda.current_device()
     with torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext():
         is_usual = max(numbers) < 1 << 31
-        key = (kernel, None if _INTERPRETED else driver.active.get_current_device(), described, constants)
+        key = (kernel.fn, None if _INTERPRETED else driver.active.get_current_device(), described, constants)
         if is_usual and (compiled := _compiled.get(key)) is not None:
             compiled[grid](*tensors, *numbers, *constants)
             return

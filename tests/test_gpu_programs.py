@@ -270,18 +270,26 @@ def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, 
     shape = variants.Shape(40, 600, 5, torch.bfloat16)
     monkeypatch.setattr(tune_gpu, "SHAPES", ((shape, "uniform"),))
     monkeypatch.setattr(tune_gpu, "TILES", (128, 512))
+    monkeypatch.setattr(tune_gpu, "REGISTERS", (None, 64))
     monkeypatch.setattr(tune_gpu, "_compiled_for", {})
-    before = triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS, triton_backend._tile(600, 2)
+
+    def constants():
+        return [getattr(triton_backend, name) for name in tune_gpu._CONSTANTS], triton_backend._tile(600, 2)
+
+    before = constants()
     assert tune_gpu.main(["--rounds", "2", "--results", str(results)]) == 0
     (record,) = records.load("gpu_tuning", results)
-    tiles = {(128, 1), (128, 2), (128, 4), (512, 1), (512, 2), (512, 4), (512, 8)}
-    assert record["forward"].keys() == {"F.embedding", *("{} vectors, {} warps".format(*tile) for tile in tiles)}
+    sizes = ((128, 1), (128, 2), (128, 4), (512, 1), (512, 2), (512, 4), (512, 8))
+    tiles = {(*size, registers) for size in sizes for registers in (None, 64)}
+    names = {"{} vectors, {} warps, registers {}".format(*tile) for tile in tiles}
+    assert record["forward"].keys() == {"F.embedding", *names}
     assert tune_gpu._compiled_for.keys() == tiles
-    for (vectors, warps), kept in tune_gpu._compiled_for.items():
+    for (vectors, warps, registers), kept in tune_gpu._compiled_for.items():
         ((key, compiled),) = kept.items()
         *_, rows_of_tile, width = key[-1]
-        assert (rows_of_tile * width, compiled.metadata.num_warps) == (vectors, warps)
-    assert before == (triton_backend.TILE_VECTORS, triton_backend.NUM_WARPS, triton_backend._tile(600, 2))
+        assert rows_of_tile * width == vectors
+        assert (compiled.metadata.num_warps, compiled.metadata.maxnreg) == (warps, registers)
+    assert before == constants()
     assert capsys.readouterr().out.count("of the copy") == len(tiles) + 1
 
 
