@@ -4,7 +4,7 @@ from neft_kernels import replace_embeddings
 replace_embeddings(model, alpha=5.0)          # then train as usual
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neft_kernels.autograd import NoisyEmbedding, add_noise, noisy_embedding
 from neft_kernels.huggingface import no_noise, replace_embeddings, restore_embeddings, set_alpha
@@ -30,10 +30,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """The two names that need transformers, which only they import. For that reason they are not in ``__all__``."""
-    if name in ("NEFTuneCallback", "patch_transformers"):
-        from neft_kernels import trainer
+# The two names that need transformers, which only they import. For that reason they are not in __all__.
+if TYPE_CHECKING:
+    from neft_kernels.trainer import NEFTuneCallback as NEFTuneCallback
+    from neft_kernels.trainer import patch_transformers as patch_transformers
+else:
 
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in ("NEFTuneCallback", "patch_transformers"):
+            try:
+                from neft_kernels import trainer
+            except ModuleNotFoundError as error:
+                if error.name != "transformers":
+                    raise
+                raise ImportError(f"neft_kernels.{name} needs transformers, which is not installed") from error
+            return getattr(trainer, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """``python -m neft_kernels``: what can run here, which backend is chosen for which device, and why not the others."""
 
+import os
 import platform
 import sys
 
@@ -10,10 +11,15 @@ import neft_kernels
 
 def main() -> int:
     print(f"neft_kernels {neft_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    for backend in neft_kernels.available_backends():
+    found = neft_kernels.available_backends()
+    for backend in found:
         mark = "+" if backend.devices else "-"
         chosen = f", chosen for {', '.join(backend.chosen_for)} tensors" if backend.chosen_for else ""
         print(f"  {mark} {backend.name:<10} {backend.detail}{chosen}")
+    preferred = os.environ.get("NEFT_KERNELS_BACKEND")
+    if preferred and preferred not in {backend.name for backend in found if backend.devices}:
+        print(f"NEFT_KERNELS_BACKEND={preferred} names none that can run here", file=sys.stderr)
+        return 1
     return 0
 
 

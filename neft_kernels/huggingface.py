@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from neft_kernels import ops
-from neft_kernels.lookups import is_encoder_decoder, token_embeddings
+from neft_kernels.lookups import check_model, is_encoder_decoder, token_embeddings
 from neft_kernels.noise import NoiseSettings
 from neft_kernels.placing import FollowLookups, noisy_modules, place_noise, remove_noise, stop_following
 from neft_kernels.watching import WatchSequences, modules_to_watch
@@ -84,14 +84,17 @@ def replace_embeddings(
     place_noise(model, embeddings, settings, note)
     if note:
         ops.logger.warning("%s: %s", type(model).__name__, note)
-    FollowLookups(settings, model).attach(model)
     for module in modules_to_watch(model, embeddings):
+        FollowLookups(settings, module).attach(
+            module
+        )  # of the model, and of those in it, which adapters are merged into
         WatchSequences(settings, module).attach(module)
     return model
 
 
 def restore_embeddings(model: Model) -> Model:
     """Undoes :func:`replace_embeddings`; a model that it did not touch stays as it is. Returns `model` itself."""
+    check_model(model)
     for module in model.modules():
         remove_noise(module)
         stop_following(module)

@@ -8,7 +8,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from neft_kernels import ops
 
-__all__ = ["input_embeddings", "is_encoder_decoder", "is_plain", "token_embeddings"]
+__all__ = ["check_model", "input_embeddings", "is_encoder_decoder", "is_plain", "token_embeddings"]
 
 
 def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
@@ -17,8 +17,7 @@ def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
     They are the input embeddings that it names, those of its decoder where it has an encoder as well, and whatever else looks
     up the same tables: most encoder-decoder models keep one table and look it up through modules that are tied to it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_model(model)
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return token_embeddings(model.module)
     lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -48,6 +47,12 @@ def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
     # What wraps a table, as PEFT's layers do, may look it up by itself; then noise goes on what the wrapper returns.
     inside = {part for module in named for part in module.modules() if part is not module}
     return [module for module in dict.fromkeys([*named, *tied]) if module not in inside], note
+
+
+def check_model(model: nn.Module) -> None:
+    """`model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
 def input_embeddings(part: nn.Module) -> tuple[nn.Module | None, str]:

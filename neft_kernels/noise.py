@@ -51,6 +51,8 @@ class NoiseSettings:
     def __post_init__(self) -> None:
         check_choice("scale_by", self.scale_by, SCALES)
         check_choice("noise_on", self.noise_on, NOISE_ON)
+        if self.stream is not None and (isinstance(self.stream, bool) or not isinstance(self.stream, int)):
+            raise TypeError(f"stream must be an int or None, not {type(self.stream).__name__}")
         if self.stream is not None and not 0 <= self.stream < 1 << 32:
             raise ValueError(f"stream must be None or in [0, 2**32), not {self.stream}")
         if self.backend is not None:
@@ -58,6 +60,8 @@ class NoiseSettings:
         check_choice("sequence_layout", self.sequence_layout, distributed.SEQUENCE_LAYOUTS)
         if self.sequence_group is not None:
             distributed.check_group("sequence_group", self.sequence_group)
+        elif self.sequence_layout != "contiguous":
+            raise ValueError(f"sequence_layout={self.sequence_layout!r} needs a sequence_group")
         if callable(self.alpha):
             self.set_alpha(self.alpha)
         else:
@@ -169,7 +173,8 @@ class Noise:
             tokens, sequences, note = self._sequences_of_pass(ids, part)
         if settings.noise_on != "all" and sequences.get("labels") is None:
             raise ValueError(
-                f"noise_on={settings.noise_on!r} needs labels of the ids' shape, but the model was called without"
+                f"noise_on={settings.noise_on!r} needs labels of the ids' shape, but the model was called without; a Trainer "
+                "that computes the loss itself takes them out of the batch"
             )
         if part is not None:
             if settings.sequence_group is not None:
@@ -250,13 +255,14 @@ class Noise:
 
     def _alpha(self, device: torch.device) -> float | Tensor:
         settings = self.settings
-        if torch.compiler.is_compiling():
-            if settings.is_schedule and settings.counts_steps:
-                raise RuntimeError(
-                    "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
-                )
-            if settings.alpha_tensor is not None:
-                return settings.alpha_tensor.to(device)
+        is_compiling = torch.compiler.is_compiling()
+        if settings.is_schedule and settings.counts_steps and (is_compiling or settings.passes.in_compiled_model):
+            # While it is traced, this only makes the compiler give up on the embedding, which then runs by itself.
+            raise RuntimeError(
+                "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
+            )
+        if is_compiling and settings.alpha_tensor is not None:
+            return settings.alpha_tensor.to(device)
         return settings.current_alpha() if callable(settings.alpha) else settings.alpha
 
     def bounds(self) -> tuple[float, float] | None:

@@ -26,6 +26,8 @@ logger = logging.getLogger("neft_kernels")
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")  # in order of preference
 
+_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
 _SCHEMAS = {
     "noisy_embedding": "(Tensor input_ids, Tensor weight, Tensor seed, Tensor? token_magnitude, float magnitude, "
     "int stream, SymInt first_token) -> Tensor",
@@ -209,7 +211,10 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
     if choice is None:
         choice = _chosen[device_type, backend] = _choose(device_type, backend)
         if backend is None:
-            logger.info("backend %r for %s tensors: %s", choice, device_type, _detail(choice))
+            is_slow = choice == "reference" and _PREFERRED_BACKEND is None and device_type in ("cpu", "cuda")
+            why_not = "".join(f"; {name}: {_detail(name)}" for name in _KERNELS[device_type]) if is_slow else ""
+            log = logger.warning if is_slow else logger.info
+            log("backend %r for %s tensors: %s%s", choice, device_type, _detail(choice), why_not)
     return choice
 
 

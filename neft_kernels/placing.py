@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from neft_kernels import ops
-from neft_kernels.lookups import input_embeddings, is_plain, token_embeddings
+from neft_kernels.lookups import check_model, input_embeddings, is_plain, token_embeddings
 from neft_kernels.modules import AddNoise, NEFTuneEmbedding
 from neft_kernels.noise import HOOK_ATTRIBUTE, Noise, NoiseSettings
 from neft_kernels.watching import WatchSequences
@@ -29,17 +29,19 @@ def place_noise(model: nn.Module, embeddings: list[nn.Module], settings: NoiseSe
             module.noise = noise
         else:
             AddNoise(noise).attach(module)
-        if HOOK_ATTRIBUTE in module.__dict__:
-            ops.logger.warning("%s: noise %s; to use neft_kernels instead, unset it", noise.name, noise.state(module))
+        _warn_of_other_noise(module, noise)
 
 
 def remove_noise(module: nn.Module) -> None:
     """Undoes :func:`place_noise` on `module`; one without noise stays as it is."""
     if isinstance(module, NEFTuneEmbedding):
-        if type(module) is NEFTuneEmbedding and "built_in_noise" not in module.__dict__:
+        can_be_plain = type(module) is NEFTuneEmbedding and not {"built_in_noise", "forward"} & module.__dict__.keys()
+        if can_be_plain:
             module.__class__ = nn.Embedding  # type: ignore[assignment]
             del module.noise
-        else:  # built by the user, or in the meantime given a class derived from ours, as fully_shard() does
+        else:
+            # Built by the user; or, in the meantime, given a class derived from ours, as fully_shard() does it, or a forward
+            # of its own around ours, as accelerate does it.
             module.noise = module.__dict__.get("built_in_noise")
     _remove_hooks(module, AddNoise)
 
@@ -51,6 +53,7 @@ def stop_following(module: nn.Module) -> None:
 
 def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Noise]]:
     """Name, module and noise of each noisy embedding."""
+    check_model(model)
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
@@ -69,6 +72,7 @@ class FollowLookups:
     def __init__(self, settings: NoiseSettings, model: nn.Module) -> None:
         self.settings = settings
         self.lookup = _main_lookup(model)
+        self.had_other_noise = self.lookup is not None and HOOK_ATTRIBUTE in self.lookup.__dict__
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook."""
@@ -80,8 +84,13 @@ class FollowLookups:
         return twin
 
     def before(self, model: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
-            self.follow(model)
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return
+        self.follow(model)
+        had, self.had_other_noise = self.had_other_noise, HOOK_ATTRIBUTE in getattr(self.lookup, "__dict__", ())
+        if self.had_other_noise and not had:
+            for _, module, noise in _noisy(model):
+                _warn_of_other_noise(module, noise)
 
     def follow(self, model: nn.Module) -> None:
         """Moves the noise, if `model` has come to look its tokens up by another module."""
@@ -97,6 +106,11 @@ class FollowLookups:
             remove_noise(module)
         place_noise(model, embeddings, self.settings, note)
         ops.logger.info("%s looks tokens up by another module now, and the noise is there", type(model).__name__)
+
+
+def _warn_of_other_noise(module: nn.Module, noise: Noise) -> None:
+    if HOOK_ATTRIBUTE in module.__dict__:
+        ops.logger.warning("%s: noise %s; to use neft_kernels instead, unset it", noise.name, noise.state(module))
 
 
 def _main_lookup(model: nn.Module) -> nn.Module | None:

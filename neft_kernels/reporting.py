@@ -31,7 +31,7 @@ class EmbeddingReport:
 
     def __str__(self) -> str:
         if self.last_magnitude is None:
-            last = "no batch with noise yet"
+            last = "no batch with noise yet (those of compiled models are not noted)"
         elif self.last_magnitude[0] == self.last_magnitude[1]:
             last = f"last batch within +-{self.last_magnitude[1]:.3g}"
         else:
@@ -71,10 +71,15 @@ def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
         noise_on=settings.noise_on,
         stream=settings.stream,
         backend=ops.choose_backend(device, settings.backend),
-        state=noise.state(module),
+        state=_state(module, noise),
         last_magnitude=noise.bounds(),
         note="; ".join(filter(None, (noise.standing_note, noise.note))),
     )
+
+
+def _state(module: nn.Module, noise: Noise) -> str:
+    state = noise.state(module)
+    return "off: alpha is 0" if state == "on" and noise.settings.current_alpha() == 0 else state
 
 
 def _is_fused(module: nn.Module, noise: Noise) -> bool:

@@ -100,6 +100,14 @@ class Passes:
         innermost = self._innermost()
         return NO_SEQUENCES if innermost is None else innermost.sequences
 
+    @property
+    def in_compiled_model(self) -> bool:
+        """Whether the outermost pass of this thread is that of a compiled model, which counts no passes."""
+        outermost = self._innermost()
+        while outermost is not None and outermost.outside is not None:
+            outermost = outermost.outside
+        return outermost is not None and outermost.traced
+
     def begin(self, owner: object, sequences: Sequences) -> None:
         """`owner` begins a pass, inside those that have begun and not ended."""
         self._set(_Pass(sequences, owner, self._innermost(), torch.compiler.is_compiling()))

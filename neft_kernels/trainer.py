@@ -26,6 +26,13 @@ class _Replacement:
         self.model: nn.Module | None = model
         replace_embeddings(model, alpha, **options)
 
+    @classmethod
+    def of_nothing(cls) -> "_Replacement":
+        """A handle that has nothing to undo."""
+        handle = cls.__new__(cls)
+        handle.model = None
+        return handle
+
     def remove(self) -> None:
         """Undoes it; a second time, nothing."""
         if self.model is not None:
@@ -49,10 +56,11 @@ class NEFTuneCallback(TrainerCallback):
         options: the other arguments of :func:`neft_kernels.replace_embeddings`, such as ``scale_by`` or ``sequence_group``.
 
     Raises:
-        TypeError, ValueError: when training begins, as :func:`neft_kernels.replace_embeddings` does.
+        TypeError, ValueError: as :func:`neft_kernels.replace_embeddings`; what is wrong with the model, when training begins.
     """
 
     def __init__(self, alpha: float | Callable[[int], float] = 5.0, **options: Any) -> None:
+        _check_options(alpha, options)
         self.alpha = alpha
         self.options = options
         self.replacement: _Replacement | None = None
@@ -101,7 +109,11 @@ class patch_transformers:
     _originals: tuple[Callable, Callable]
 
     def __init__(self, **options: Any) -> None:
-        _Replacement(nn.Embedding(1, 1, _weight=torch.zeros(1, 1)), 0.0, options).remove()  # refuses bad options now
+        if not hasattr(transformers.trainer, "activate_neftune"):
+            raise RuntimeError(
+                f"patch_transformers needs transformers 5 or newer, not {transformers.__version__}; use NEFTuneCallback"
+            )
+        _check_options(0.0, options)
         self.options = options
         if not patch_transformers._active:
             patch_transformers._originals = (
@@ -134,10 +146,21 @@ class patch_transformers:
         self.undo()
 
     def _activate(self, model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None) -> _Replacement:
-        return _Replacement(_unwrapped(model, accelerator), neftune_noise_alpha, self.options)
+        model = _unwrapped(model, accelerator)
+        if any(noisy_modules(model)):
+            logger.warning(
+                "neftune_noise_alpha does nothing, because replace_embeddings() made the model noisy already"
+            )
+            return _Replacement.of_nothing()
+        return _Replacement(model, neftune_noise_alpha, self.options)
 
     def _deactivate(self, model: nn.Module, hook_handle: Any, accelerator: Any = None) -> None:
         hook_handle.remove()
+
+
+def _check_options(alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
+    """Raises what replace_embeddings() would raise later."""
+    _Replacement(nn.Embedding(1, 1, _weight=torch.zeros(1, 1)), alpha, options).remove()
 
 
 def _unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from neft_kernels.noise import NoiseSettings
+from neft_kernels.ops import logger
 from neft_kernels.sequences import NO_SEQUENCES, is_recomputed
 
 __all__ = ["WatchSequences", "modules_to_watch"]
@@ -36,6 +37,7 @@ class WatchSequences:
 
     def __init__(self, settings: NoiseSettings, module: nn.Module) -> None:
         self.settings = settings
+        self.has_warned = False
         self.parameters = _parameters_of_forward(module)
         self.positional = _parameters_of_forward(module, positional=True)
 
@@ -77,6 +79,9 @@ class WatchSequences:
         is_repeated = torch.compiler.is_compiling() or is_recomputed()
         if outside is NO_SEQUENCES and module.training and torch.is_grad_enabled() and not is_repeated:
             self.settings.count_pass()
+            if passes.sequences.generating and not self.has_warned:
+                logger.warning("a cache was passed to the model in training: taken for generation, which gets no noise")
+                self.has_warned = True
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.settings.passes.end(self)
