@@ -177,8 +177,9 @@ def test_bad_sequence_groups():
         replace_embeddings(model, sequence_group=squares["cp"], sequence_layout="zigzag")
     assert type(model[0]) is nn.Embedding
     replace_embeddings(model, sequence_group=squares["cp"], sequence_layout="head_tail")
-    with pytest.raises(ValueError, match="'head_tail' needs an even number of tokens on each rank, not 3"):
-        model(torch.tensor([1, 2, 3]))
+    for noisy in (model, NEFTuneEmbedding(5, 4, sequence_group=squares["cp"], sequence_layout="head_tail")):
+        with pytest.raises(ValueError, match="'head_tail' needs an even number of tokens on each rank, not 3"):
+            noisy(torch.tensor([1, 2, 3]))
 
 
 @pytest.mark.usefixtures("one_process")

@@ -389,6 +389,66 @@ def test_whatever_is_no_plain_embedding_keeps_its_own_forward():
     assert not torch.equal(out[0], 2 * doubled[0].weight)
 
 
+class Around(nn.Module):
+    """A model of nothing but what looks its tokens up."""
+
+    def __init__(self, look_up):
+        super().__init__()
+        self.look_up = look_up
+
+    def get_input_embeddings(self):
+        return self.look_up
+
+    def forward(self, input_ids, **options):
+        return self.look_up(input_ids, **options)
+
+
+class Returns(nn.Module):
+    """Returns more than its rows, as I-BERT's embedding does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(10, 4))
+
+    def forward(self, ids, scale=None):
+        return self.weight[ids], scale, "more"
+
+
+def test_noise_is_on_the_first_of_what_an_embedding_returns_and_the_rest_is_as_it_was():
+    model, scale, ids = replace_embeddings(Around(Returns()), alpha=5.0), torch.ones(3), torch.arange(10)[None]
+    embeds, *rest = model(ids, scale=scale)
+    assert 0 < embeds.abs().max() <= 5.0 / (10 * 4) ** 0.5
+    assert rest[0] is scale
+    assert rest[1:] == ["more"]
+    with no_noise(model):
+        assert not model(ids)[0].any()
+
+
+def test_a_single_id_gets_no_noise_from_what_keeps_its_own_forward():
+    """transformers looks special tokens up so; it is no sequence."""
+
+    class Doubled(nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    model = replace_embeddings(Around(Doubled(10, 4)))
+    assert torch.equal(model(torch.tensor(3)), 2 * model.look_up.weight[3])
+    assert not torch.equal(model(torch.tensor([3])), 2 * model.look_up.weight[[3]])
+
+
+def test_what_was_given_a_class_of_its_own_after_ours_is_plain_once_restored():
+    """As fully_shard() does; the class stays, because it is not ours to take away."""
+    model = replace_embeddings(nn.Sequential(nn.Embedding(10, 4)))
+    model[0].__class__ = type("Sharded", (NEFTuneEmbedding,), {})
+    ids = torch.arange(10)[None]
+    assert not torch.equal(model(ids), model[0].weight[ids])
+    restore_embeddings(model)
+    assert type(model[0]).__name__ == "Sharded"
+    assert torch.equal(model(ids), model[0].weight[ids])
+    assert describe(model) == ()
+    assert describe(replace_embeddings(model, alpha=2.0))[0].alpha == 2.0
+
+
 def test_peft_methods_that_look_tokens_up_by_themselves():
     from peft import PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 

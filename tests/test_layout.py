@@ -93,6 +93,55 @@ def test_ids_that_are_not_found_among_those_looked_up_get_the_batch_rule():
     assert report.note == "ids of shape [2, 5] were looked up as [2, 8]"
 
 
+def test_all_that_cannot_be_used_is_noted():
+    model = replace_embeddings(Look(lambda ids: torch.cat((ids, ADDED), 1)), alpha=ALPHA)
+    model(GIVEN, torch.ones(2, 1, 5, 5))
+    (report,) = describe(model)
+    assert report.note == (
+        "attention_mask of shape [2, 1, 5, 5] does not tell the lengths of ids of shape [2, 5]; "
+        "ids of shape [2, 5] were looked up as [2, 8]"
+    )
+
+
+class Labelled(Look):
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("noise_on", ["prompt", "completion"])
+def test_labels_follow_the_ids_or_choose_none(noise_on):
+    """Where the ids are not found among those looked up, none is known to be of the prompt, nor of the completion."""
+    labels = GIVEN.masked_fill(GIVEN < 5, -100)
+    chosen = (labels == -100) == (noise_on == "prompt")
+    inserted = Labelled(lambda ids: torch.cat((ids[:, :2], ADDED, ids[:, 2:]), 1))
+    padded = Labelled(lambda ids: torch.cat((ids, ADDED), 1))
+    for model, noisy in ((padded, PAD_AFTER(chosen)), (inserted, torch.zeros(2, 8, dtype=torch.bool))):
+        replace_embeddings(model, alpha=ALPHA, noise_on=noise_on)
+        plain = nn.functional.embedding(model.make(GIVEN), model.embedding.weight)
+        assert torch.equal((model(GIVEN, labels=labels) != plain).any(-1), noisy)
+
+
+class KeepsItsForward(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class LooksUpByName(Look):
+    def __init__(self):
+        super().__init__(lambda ids: ids.mT.contiguous())
+        self.embedding = KeepsItsForward(50, WIDTH)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.embedding(ids=self.make(input_ids))
+
+
+def test_ids_that_are_given_by_name_are_told_apart_too():
+    model = replace_embeddings(LooksUpByName(), alpha=ALPHA)
+    model(GIVEN, MASK)
+    ((_, _, noise),) = noisy_modules(model)
+    assert torch.equal(noise.last_magnitude, magnitudes(GIVEN, MASK).mT)
+
+
 def test_what_is_of_no_such_layout():
     assert not may_be_laid_out(None, GIVEN)
     assert not may_be_laid_out(GIVEN, GIVEN)

@@ -1,5 +1,6 @@
 """Contract: in a training run of the real Trainer the noise is there while it trains, once, and gone afterwards."""
 
+import copy
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import neftune
@@ -23,6 +25,7 @@ from neft_kernels import (
     restore_embeddings,
     set_alpha,
 )
+from neft_kernels.noise import Noise
 
 D = 16
 
@@ -231,8 +234,6 @@ def test_schedule_counts_forward_passes_and_set_alpha_changes_it():
 
 
 def test_a_compiled_model_follows_set_alpha_without_compiling_again():
-    from torch._dynamo.testing import CompileCounter
-
     torch._dynamo.reset()
     embedding = neft_kernels.NEFTuneEmbedding(50, D, alpha=lambda step: 1.0)
     counter = CompileCounter()
@@ -253,6 +254,23 @@ def test_a_compiled_model_does_not_freeze_a_schedule():
     ids = torch.arange(3, 12)[None]
     with pytest.raises(Exception, match=r"set_alpha\(\.\.\., step="):
         torch.compile(network, fullgraph=True, backend="eager")(ids)
+
+
+def test_a_compiled_model_follows_a_schedule_whose_step_is_told():
+    """In one graph; a copy has an alpha of its own."""
+    torch._dynamo.reset()
+    embedding = neft_kernels.NEFTuneEmbedding(50, D, alpha=lambda step: 1.0 + step)
+    set_alpha(embedding, lambda step: 1.0 + step, step=0)
+    twin, ids = copy.deepcopy(embedding), torch.arange(9)[None]
+    counter = CompileCounter()
+    compiled = torch.compile(embedding, fullgraph=True, backend=counter)
+    for step in (0, 3, 15):
+        set_alpha(embedding, lambda step: 1.0 + step, step=step)
+        set_alpha(twin, 0.0)
+        noise = (compiled(ids) - embedding.weight[ids]).abs().max()
+        bound = (1.0 + step) / (9 * D) ** 0.5
+        assert 0.5 * bound <= noise <= bound + 1e-5
+    assert counter.frame_count == 1
 
 
 def test_a_recomputed_pass_is_not_counted():
@@ -301,6 +319,25 @@ def test_the_first_noisy_batch_is_logged_once(caplog):
     (record,) = [record.message for record in caplog.records if "noise is on" in record.message]
     assert record.startswith("model.embed_tokens: noise is on, alpha=5 scaled by sequence, backend cpu")
     assert f"{5.0 / (9 * D) ** 0.5:.3g}" in record
+
+
+def test_the_log_of_a_schedule_and_of_what_could_not_be_used(caplog):
+    network = replace_embeddings(model(), alpha=lambda step: 3.0 + step)
+    with caplog.at_level(logging.INFO, logger="neft_kernels"):
+        network(torch.arange(3, 12)[None], attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
+    (message,) = [record.getMessage() for record in caplog.records if "noise is on" in record.getMessage()]
+    assert "alpha=3 scaled" in message
+    assert message.endswith("(attention_mask of shape [1, 1, 9, 9] does not tell the lengths of ids of shape [1, 9])")
+
+
+def test_magnitudes_are_read_only_for_a_log_that_is_kept(caplog, monkeypatch):
+    """On a GPU reading them waits for the device."""
+    read = []
+    monkeypatch.setattr(Noise, "bounds", lambda noise: read.append(noise))
+    for level, reads in ((logging.WARNING, 0), (logging.INFO, 1)):
+        with caplog.at_level(level, logger="neft_kernels"):
+            replace_embeddings(model(), alpha=5.0)(torch.arange(3, 12)[None])
+        assert len(read) == reads
 
 
 def tokenizer():

@@ -1,10 +1,12 @@
 """Contract: what reaches an embedding is what the forward pass under way was told, by whomever, and nothing of another."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from neft_kernels import describe, replace_embeddings
+from neft_kernels import describe, replace_embeddings, set_alpha
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
@@ -75,6 +77,47 @@ def test_a_schedule_counts_the_passes_of_whatever_module_is_called():
         model.inner(IDS)
     model(IDS)
     assert describe(model)[0].alpha == 3.0
+
+
+def test_a_step_that_is_told_holds_until_another_is_told():
+    """Then passes are counted on from it; a new schedule does not begin anew, nor is a pass counted twice."""
+    model = model_of(Plain)
+    seen = []
+
+    def passes(count):
+        for _ in range(count):
+            model(IDS)
+            seen.append(describe(model)[0].alpha)
+
+    set_alpha(model, lambda step: 1.0 + step)
+    passes(2)
+    set_alpha(model, lambda step: 11.0 + step)
+    passes(2)
+    for step in (7, 0):
+        set_alpha(model, lambda step: 1.0 + step, step=step)
+        passes(2)
+    set_alpha(model, lambda step: 1.0 + step)
+    passes(2)
+    assert seen == [1.0, 2.0, 13.0, 14.0, 8.0, 8.0, 1.0, 1.0, 1.0, 2.0]
+
+
+def test_a_schedule_that_goes_wrong_later_is_an_error_then():
+    model = model_of(Plain)
+    set_alpha(model, lambda step: 1.0 - step)
+    model(IDS)
+    model(IDS)
+    with pytest.raises(ValueError, match="alpha must be finite and >= 0, not -1"):
+        model(IDS)
+
+
+def test_a_copy_that_is_called_inside_of_a_pass_knows_nothing_of_it():
+    """As a teacher or an average of the weights is, inside of what it was copied from."""
+    model = model_of(Plain)
+    twin = copy.deepcopy(model)
+    model.inner.register_forward_pre_hook(lambda module, args: [None, twin.inner.embedding(IDS)][0])
+    model(IDS, attention_mask=MASK)
+    assert last(model) == pytest.approx(BY_LENGTH)
+    assert last(twin) == pytest.approx((BY_LENGTH[0],) * 2)
 
 
 class PositionsOnly(nn.Module):
