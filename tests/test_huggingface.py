@@ -339,6 +339,40 @@ def test_of_pictures_and_text_the_text_is_noisy():
     assert names(replace_embeddings(clip)) == ["text_model.embeddings.token_embedding"]
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        nn.Parameter(torch.zeros(10, 4)),
+        nn.ModuleList(),
+        nn.ModuleList([nn.Embedding(10, 4), nn.Linear(10, 4)]),
+        nn.ModuleDict({"text": nn.Embedding(10, 4)}),
+        None,
+    ],
+    ids=lambda named: type(named).__name__,
+)
+def test_an_input_embedding_that_is_never_called_is_refused(named):
+    """A hook on it would add noise to nothing."""
+    model = Around(named)
+    with pytest.raises(ValueError, match=rf"Around returns a {type(named).__name__}, which is not called"):
+        replace_embeddings(model)
+    assert names(model) == []
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("not here"), AttributeError("not here")])
+def test_a_model_that_fails_to_name_its_embedding_is_refused_with_the_reason(error):
+    class Fails(nn.Module):
+        def get_input_embeddings(self):
+            raise error
+
+    with pytest.raises(ValueError, match="Fails names no input embeddings: not here"):
+        replace_embeddings(Fails())
+
+
+def test_inside_of_data_parallel_it_is_the_model_that_counts():
+    model = replace_embeddings(nn.DataParallel(build("t5, shared table")))
+    assert names(model) == [f"module.{name}" for name in MODELS["t5, shared table"][2]]
+
+
 def test_what_names_no_embedding_is_refused():
     config = transformers.CanineConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     with pytest.raises(ValueError, match="CanineModel"):
@@ -381,6 +415,13 @@ def test_whatever_is_no_plain_embedding_keeps_its_own_forward():
     class Doubled(nn.Embedding):
         def forward(self, ids):
             return 2 * super().forward(ids)
+
+    on_the_instance = nn.Sequential(nn.Embedding(10, 4))  # as accelerate's offloading has it
+    on_the_instance[0].forward = lambda ids: 3 * nn.functional.embedding(ids, on_the_instance[0].weight)
+    assert describe(replace_embeddings(on_the_instance, alpha=1e-3))[0].strategy == "add_noise"
+    out = on_the_instance(torch.arange(10)[None])
+    assert torch.allclose(out[0], 3 * on_the_instance[0].weight, atol=1e-3)
+    assert not torch.equal(out[0], 3 * on_the_instance[0].weight)
 
     doubled = nn.Sequential(Doubled(10, 4))
     assert describe(replace_embeddings(doubled, alpha=1e-3))[0].strategy == "add_noise"

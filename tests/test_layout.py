@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.functional import pad
 
 from neft_kernels import describe, noise_magnitude, replace_embeddings
 from neft_kernels.layout import lay_out, may_be_laid_out
@@ -51,7 +52,7 @@ def bounds(model, make, *args):
     return magnitude
 
 
-PAD_AFTER, PAD_BEFORE = (lambda m: nn.functional.pad(m, (0, 3))), (lambda m: nn.functional.pad(m, (3, 0)))
+PAD_AFTER, PAD_BEFORE = (lambda m: pad(m, (0, 3))), (lambda m: pad(m, (3, 0)))
 LAYOUTS = {
     "as given": (GIVEN, MASK, lambda ids: ids, lambda m: m),
     "a copy with another id, as for pictures": (GIVEN, MASK, lambda ids: ids.masked_fill(ids == 4, 0), lambda m: m),
@@ -60,6 +61,13 @@ LAYOUTS = {
     "behind a prompt, in another integer type": (GIVEN, MASK, lambda ids: torch.cat((ADDED, ids), 1).int(), PAD_BEFORE),
     "square": (SQUARE, SQUARE != 0, lambda ids: ids.clone(), lambda m: m),
     "square, by time": (SQUARE, SQUARE != 0, lambda ids: ids.mT.contiguous(), lambda m: m.mT),
+    "square, padded on": (SQUARE, SQUARE != 0, lambda ids: torch.cat((ids, ADDED.mT), 1), lambda m: pad(m, (0, 2))),
+    "square, behind a prompt": (
+        SQUARE,
+        SQUARE != 0,
+        lambda ids: torch.cat((ADDED.mT, ids), 1),
+        lambda m: pad(m, (2, 0)),
+    ),
     "square and the same by time": (
         SQUARE[:1].expand(3, 3) * 0 + 7,
         SQUARE != 0,
@@ -147,6 +155,12 @@ def test_what_is_of_no_such_layout():
     assert not may_be_laid_out(GIVEN, GIVEN)
     assert not may_be_laid_out(GIVEN, GIVEN[:, :3])
     assert not may_be_laid_out(GIVEN, GIVEN[:1])
+    assert not may_be_laid_out(GIVEN, GIVEN[:1].expand(3, 5))
+    assert not may_be_laid_out(GIVEN, GIVEN[:1].repeat(3, 2))
+    assert not may_be_laid_out(GIVEN, GIVEN[0])
+    assert not may_be_laid_out(GIVEN[0], GIVEN)
+    assert not may_be_laid_out(GIVEN, GIVEN[None])
+    assert not may_be_laid_out(GIVEN[None], GIVEN.mT)
     assert not may_be_laid_out(GIVEN, GIVEN.to("meta").mT)
 
 

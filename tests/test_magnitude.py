@@ -135,6 +135,20 @@ def test_alpha_as_a_tensor_gives_the_same_values():
         assert torch.equal(tensor, torch.as_tensor(number, dtype=torch.float32))
 
 
+def test_alpha_as_a_tensor_is_not_looked_at():
+    """As on the meta device, where it has no value."""
+    tokens, alpha = ids(2, 4).to("meta"), torch.tensor(ALPHA, dtype=torch.float64, device="meta")
+    for masks in ({}, {"attention_mask": tokens}, {"position_ids": tokens}):
+        assert noise_magnitude(tokens, D, alpha, **masks).shape in ((), (2, 4))
+
+
+def test_one_token_is_a_sequence_and_no_padding():
+    for shape in ((1, 1), (3, 1), (1,)):
+        got = noise_magnitude(ids(*shape), D, ALPHA, position_ids=ids(*shape))
+        assert torch.equal(got, torch.full(shape, expected(1)))
+    assert torch.equal(noise_magnitude(ids(1), D, ALPHA, cu_seq_lens=torch.tensor([0, 1])), lengths([1])[0])
+
+
 def test_scale_by_batch_ignores_masks():
     mask = torch.tensor([[1, 1, 0, 0]])
     assert noise_magnitude(ids(1, 4), D, ALPHA, attention_mask=mask, scale_by="batch") == ALPHA / math.sqrt(4 * D)

@@ -149,6 +149,19 @@ def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
         assert transformers.trainer.activate_neftune is not before
 
 
+def test_a_handle_undoes_only_what_it_did():
+    """Taken back a second time, as the Trainer does where a run fails after its end, it leaves alone what came since."""
+    network = model()
+    with patch_transformers():
+        handle = transformers.trainer.activate_neftune(network, 5.0)
+        assert len(describe(network)) == 1
+        handle.remove()
+        assert is_plain(network)
+        replace_embeddings(network, alpha=50.0)
+        transformers.trainer.deactivate_neftune(network, handle)
+    assert describe(network)[0].alpha == 50.0
+
+
 def test_patching_draws_nothing():
     state = torch.get_rng_state()
     patch_transformers().undo()
