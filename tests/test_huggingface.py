@@ -416,6 +416,12 @@ def test_whatever_is_no_plain_embedding_keeps_its_own_forward():
         def forward(self, ids):
             return 2 * super().forward(ids)
 
+    narrow = nn.Sequential(nn.Embedding(10, 4, _weight=torch.randn(10, 4).to(torch.float8_e4m3fn)))
+    narrow[0].register_forward_hook(lambda module, args, output: output.float())
+    assert describe(replace_embeddings(narrow, alpha=1.0))[0].strategy == "add_noise"
+    noise = narrow(torch.arange(10)[None])[0] - narrow[0].weight.float()
+    assert 0 < noise.abs().max() <= 1.0 / (10 * 4) ** 0.5 + 1e-6
+
     on_the_instance = nn.Sequential(nn.Embedding(10, 4))  # as accelerate's offloading has it
     on_the_instance[0].forward = lambda ids: 3 * nn.functional.embedding(ids, on_the_instance[0].weight)
     assert describe(replace_embeddings(on_the_instance, alpha=1e-3))[0].strategy == "add_noise"

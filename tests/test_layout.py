@@ -153,11 +153,13 @@ def test_ids_that_are_given_by_name_are_told_apart_too():
 def test_what_is_of_no_such_layout():
     assert not may_be_laid_out(None, GIVEN)
     assert not may_be_laid_out(GIVEN, GIVEN)
+    assert not may_be_laid_out(SQUARE, SQUARE)
     assert not may_be_laid_out(GIVEN, GIVEN[:, :3])
     assert not may_be_laid_out(GIVEN, GIVEN[:1])
     assert not may_be_laid_out(GIVEN, GIVEN[:1].expand(3, 5))
     assert not may_be_laid_out(GIVEN, GIVEN[:1].repeat(3, 2))
-    assert not may_be_laid_out(GIVEN, GIVEN[0])
+    assert not may_be_laid_out(GIVEN, GIVEN[:, 0])
+    assert not may_be_laid_out(GIVEN, torch.zeros(2, 7, 3))
     assert not may_be_laid_out(GIVEN[0], GIVEN)
     assert not may_be_laid_out(GIVEN, GIVEN[None])
     assert not may_be_laid_out(GIVEN[None], GIVEN.mT)
@@ -166,7 +168,8 @@ def test_what_is_of_no_such_layout():
 
 def test_a_number_holds_for_the_ids_that_it_is_about():
     assert torch.equal(lay_out(0.5, GIVEN, GIVEN.mT.clone(), 9.0), torch.full(GIVEN.mT.shape, 0.5))
-    assert lay_out(0.5, SQUARE, SQUARE.clone(), 9.0) == 0.5
+    for number in (0.5, torch.tensor(0.5)):
+        assert lay_out(number, SQUARE, SQUARE.clone(), 9.0) == 0.5
 
 
 def test_ids_that_only_have_the_shape_of_those_given_are_not_taken_for_them():

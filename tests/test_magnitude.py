@@ -105,6 +105,12 @@ def test_packed_by_cu_seq_lens(dtype):
     assert torch.equal(noise_magnitude(ids(1, 7), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 0, 0]))
 
 
+def test_boundaries_may_be_elsewhere_than_the_ids():
+    """They are few, and often on the CPU."""
+    magnitude = noise_magnitude(ids(1, 6).to("meta"), D, ALPHA, cu_seq_lens=torch.tensor([0, 3, 6]))
+    assert (magnitude.shape, magnitude.device.type) == ((1, 6), "meta")
+
+
 def test_padding_at_the_end_of_a_packed_row_gets_none():
     """Collators pad positions with 0 and give no mask, so that each padding token looks like a sequence of its own."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]])
@@ -185,7 +191,9 @@ def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
             random(*shape, to=shape[-1] + 3),
             random(*shape, to=2).bool(),
         ]
+        masks.append(masks[1].mT.contiguous().mT)
         cases += [{"attention_mask": mask} for mask in masks]
+        cases += [{"attention_mask": masks[0] / 2, "position_ids": positions}, {"position_ids": positions / 2}]
         cases += [{"position_ids": each} for each in (positions, positions.int(), random(*shape, to=3), positions[:1])]
         cases += [{"position_ids": positions, "attention_mask": mask} for mask in masks]
         ended = positions.clone()

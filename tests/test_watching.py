@@ -90,6 +90,17 @@ def test_a_cache_that_a_model_makes_and_passes_on_within_itself_is_none(cls, mas
     assert not torch.equal(model(IDS, attention_mask=mask), model.inner.embedding.weight[IDS])
 
 
+class TurnsTheIds(nn.Module):
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids.flip(1))
+
+
+def test_a_mask_is_not_passed_on_to_other_ids():
+    model = model_of(TurnsTheIds)
+    model(IDS, attention_mask=MASK)
+    assert last(model) == pytest.approx((BY_LENGTH[0],) * 2)
+
+
 class HasOtherNames(nn.Module):
     """Nothing says whether the ids inside are those around."""
 
@@ -239,7 +250,7 @@ UNUSABLE = {
     "boundaries for two rows": (IDS, {"cu_seq_lens_q": torch.tensor([0, 3, 4])}),
     "boundaries of nothing": (ONE_ROW, {"cu_seq_lens_q": torch.tensor([0])}),
     "more sequences than tokens": (ONE_ROW, {"cu_seq_lens_q": torch.arange(10)}),
-    "boundaries of two rows": (ONE_ROW, {"cu_seq_lens_q": torch.tensor([[0, 3, 8]])}),
+    "boundaries of two rows": (ONE_ROW, {"cu_seq_lens_q": torch.tensor([[0, 3, 8], [0, 3, 8]])}),
     "labels that are shifted": (IDS, {"labels": IDS[:, 1:]}),
 }
 
