@@ -58,7 +58,7 @@ def noise_magnitude(
         so a mask of ones gives exactly what no mask gives. Nothing is read back from the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or value; the message names it.
+        TypeError, ValueError: an argument has a wrong type, shape, device or value; the message names it.
     """
     check_choice("scale_by", scale_by, SCALES)
     check_choice("noise_on", noise_on, NOISE_ON)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -366,6 +367,46 @@ def test_a_model_that_fails_to_name_its_embedding_is_refused_with_the_reason(err
 
     with pytest.raises(ValueError, match="Fails names no input embeddings: not here"):
         replace_embeddings(Fails())
+
+
+class Tied(nn.Module):
+    """Looks tokens up by a module that it does not name, on the table of the one that it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.named, self.used, self.other = (nn.Embedding(50, 16) for _ in range(3))
+        self.used.weight = self.named.weight
+
+    def get_input_embeddings(self):
+        return self.named
+
+    def forward(self, input_ids):
+        return self.used(input_ids), self.other(input_ids)
+
+
+def test_whatever_looks_up_the_same_table_is_noisy_and_nothing_else():
+    model, ids = replace_embeddings(Tied()), torch.arange(9)[None]
+    assert names(model) == ["named", "used"]
+    used, other = model(ids)
+    assert not torch.equal(used, model.named.weight[ids])
+    assert torch.equal(other, model.other.weight[ids])
+
+
+class Seeing(nn.Module):
+    """Of an encoder that reads pictures and a decoder, each of which names what it takes its input by."""
+
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Around(nn.Linear(4, 16)), Around(nn.Embedding(50, 16))
+
+    def get_input_embeddings(self):
+        return self.decoder.get_input_embeddings()
+
+
+def test_what_an_encoder_takes_pictures_by_is_left_alone():
+    assert names(replace_embeddings(Seeing())) == ["decoder.look_up"]
 
 
 def test_inside_of_data_parallel_it_is_the_model_that_counts():

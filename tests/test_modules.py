@@ -116,6 +116,23 @@ def test_the_backend_asked_for_is_the_one_that_computes(backend, monkeypatch):
         assert ran == {(op, backend) for op in expected}
 
 
+def test_what_describe_says_for_people():
+    module = embedding(stream=7, backend="reference")
+    begin = (
+        "(the model itself) (NEFTuneEmbedding): noise on; alpha=5 by sequence, fused on backend 'reference', stream 7; "
+    )
+    assert str(describe(module)) == begin + "no batch with noise yet"
+    module(IDS)
+    assert str(describe(module)) == begin + "last batch within +-1.02"  # 5 / sqrt(4 * 6)
+    module(IDS, attention_mask=MASK)
+    assert str(describe(module)) == begin + "last batch within +-1.18 to 1.44 by sequence"  # of 3 and 2 tokens
+    module = nn.Sequential(embedding(noise_on="prompt", scale_by="batch")).eval()
+    assert str(describe(module)) == (
+        "0 (NEFTuneEmbedding): noise off: evaluation mode; alpha=5 by batch on the prompt, fused on backend 'cpu', "
+        "stream of this replica; no batch with noise yet"
+    )
+
+
 def test_gradient_honours_the_options_of_the_embedding():
     for options in ({}, {"scale_grad_by_freq": True}, {"sparse": True}):
         torch.manual_seed(0)
