@@ -163,6 +163,8 @@ def test_bad_input(case):
 def test_every_backend_checks_values_on_the_cpu(backend):
     with pytest.raises(IndexError, match=r"input_ids\[0, 1\] is 5"):
         noisy_embedding(torch.tensor([[0, 5]]), WEIGHT, 0.1, backend=backend)
+    with pytest.raises(IndexError, match=r"input_ids\[0, 1\] is -1"):
+        noisy_embedding(torch.tensor([[0, -1]]), WEIGHT, 0.1, backend=backend)
     with pytest.raises(ValueError, match="magnitude"):
         noisy_embedding(IDS, WEIGHT, torch.tensor([1.0, NAN, 3.0]), backend=backend)
     with pytest.raises(ValueError, match="magnitude"):

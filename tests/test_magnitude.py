@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neft_kernels import noise_magnitude, ops
 
@@ -146,6 +147,14 @@ def test_alpha_as_a_tensor_is_not_looked_at():
     tokens, alpha = ids(2, 4).to("meta"), torch.tensor(ALPHA, dtype=torch.float64, device="meta")
     for masks in ({}, {"attention_mask": tokens}, {"position_ids": tokens}):
         assert noise_magnitude(tokens, D, alpha, **masks).shape in ((), (2, 4))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
+def test_fake_tensors_have_the_shape_and_dtype_of_real_ones(name):
+    with FakeTensorMode() as fakes:
+        tokens = fakes.from_tensor(ids(2, 5))
+        magnitude = noise_magnitude(tokens, D, ALPHA, **{name: tokens})
+    assert (magnitude.shape, magnitude.dtype, magnitude.device.type) == ((2, 5), torch.float32, "cpu")
 
 
 def test_one_token_is_a_sequence_and_no_padding():
