@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,6 +223,40 @@ def test_schedule_follows_the_trainers_step(tmp_path):
     assert [report[0].alpha for report in look.reports] == [0.0, 10.0, 20.0]
     largest = [report[0].last_magnitude[1] for report in look.reports]
     assert largest == pytest.approx([alpha / (9 * D) ** 0.5 for alpha in (0.0, 10.0, 20.0)])
+
+
+def test_a_callback_that_steps_aside_lets_the_training_run(tmp_path):
+    """It tells its schedule to nobody; and what Trainer.train returns is what it returns without us."""
+    network, look = replace_embeddings(model(), alpha=50.0), Look()
+    output = trainer(tmp_path, network, [NEFTuneCallback(lambda step: 1.0), look]).train()
+    assert output.global_step == 3
+    assert [report[0].alpha for report in look.reports] == [50.0] * 3
+
+
+def test_what_accelerate_wraps_is_unwrapped_first():
+    network = model()
+    wrapped = nn.Sequential(network)
+    accelerator = SimpleNamespace(unwrap_model=lambda given: given[0])
+    with patch_transformers():
+        handle = transformers.trainer.activate_neftune(wrapped, 5.0, accelerator)
+        assert [report.name for report in describe(network)] == ["model.embed_tokens"]
+        assert not wrapped._forward_hooks
+        assert not wrapped._forward_pre_hooks
+        transformers.trainer.deactivate_neftune(wrapped, handle, accelerator)
+    assert is_plain(network)
+
+
+def test_an_alpha_that_is_set_during_training_stays(tmp_path):
+    """The callback tells a schedule its step, and sets nothing where there is none."""
+
+    class Sets(Look):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            set_alpha(kwargs["model"], 8.0)
+
+    look = Sets()
+    trainer(tmp_path, model(), [NEFTuneCallback(5.0), look]).train()
+    assert [report[0].alpha for report in look.reports] == [5.0, 8.0, 8.0]
 
 
 def test_schedule_counts_forward_passes_and_set_alpha_changes_it():
