@@ -1,6 +1,7 @@
 """Contract: in a training run of the real Trainer the noise is there while it trains, once, and gone afterwards."""
 
 import copy
+import inspect
 import logging
 from types import SimpleNamespace
 
@@ -231,6 +232,22 @@ def test_a_callback_that_steps_aside_lets_the_training_run(tmp_path):
     output = trainer(tmp_path, network, [NEFTuneCallback(lambda step: 1.0), look]).train()
     assert output.global_step == 3
     assert [report[0].alpha for report in look.reports] == [50.0] * 3
+
+
+@pytest.mark.parametrize("first", [NEFTuneCallback, lambda: patch_transformers().undo()], ids=["callback", "patch"])
+def test_train_is_wrapped_once_by_whichever_comes_first(first, monkeypatch):
+    """An earlier test may have wrapped it."""
+    plain = Trainer.train
+    if hasattr(plain, "_neft_kernels"):
+        plain = plain.__wrapped__
+    monkeypatch.setattr(Trainer, "train", plain)
+    first()
+    wrapped = Trainer.train
+    assert wrapped is not plain
+    assert inspect.signature(wrapped) == inspect.signature(plain)
+    NEFTuneCallback()
+    patch_transformers().undo()
+    assert Trainer.train is wrapped
 
 
 def test_what_accelerate_wraps_is_unwrapped_first():
