@@ -269,3 +269,24 @@ def test_codebooks_get_the_noise_of_their_sum_once():
         nn.functional.embedding(row[None], table.weight) for table, row in zip(tables, ids, strict=True)
     )
     assert 0.9 * ALPHA / (9 * WIDTH) ** 0.5 < noise.abs().max() <= ALPHA / (9 * WIDTH) ** 0.5 + 1e-5
+
+
+class Codebooks(nn.Module):
+    """Returns the sum of what it looks up in its codebooks, as CSM's and Kyutai's embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(50, WIDTH) for _ in range(3))
+
+    def forward(self, ids):  # [B, L, 3] to [B, L, WIDTH]
+        return sum(table(ids[..., number]) for number, table in enumerate(self.tables))
+
+
+def test_ids_of_several_codebooks_are_as_long_as_what_is_looked_up():
+    model = Look(lambda ids: ids[..., None].expand(*ids.shape, 3))
+    model.embedding = Codebooks()
+    replace_embeddings(model, alpha=ALPHA)
+    for args, want in (((GIVEN,), ALPHA / (5 * WIDTH) ** 0.5), ((GIVEN, MASK), magnitudes(GIVEN, MASK))):
+        model(*args)
+        ((_, _, noise),) = noisy_modules(model)
+        assert torch.equal(torch.as_tensor(noise.last_magnitude), torch.as_tensor(want))
