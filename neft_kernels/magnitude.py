@@ -58,7 +58,7 @@ def noise_magnitude(
         so a mask of ones gives exactly what no mask gives. Nothing is read back from the device.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or value; the message names it.
+        TypeError, ValueError: an argument has a wrong type, shape, device or value; the message names it.
     """
     check_choice("scale_by", scale_by, SCALES)
     check_choice("noise_on", noise_on, NOISE_ON)
@@ -88,6 +88,7 @@ def noise_magnitude(
         return magnitude
     if labels is None:
         raise ValueError(f"noise_on={noise_on!r} needs labels")
+    _check_device("labels", labels, input_ids)
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels must have the shape of input_ids, {list(input_ids.shape)}, not {list(labels.shape)}")
     chosen = (labels == IGNORED_LABEL) == (noise_on == "prompt")
@@ -159,6 +160,8 @@ def _check_masks(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None
 ) -> None:
     shape = list(input_ids.shape)
+    _check_device("attention_mask", attention_mask, input_ids)
+    _check_device("position_ids", position_ids, input_ids)
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask must have the shape of input_ids, {shape}, not {list(attention_mask.shape)}")
     if cu_seq_lens is not None:
@@ -176,6 +179,11 @@ def _check_masks(
         raise ValueError(f"position_ids must broadcast to input_ids, {shape}, but has shape {list(position_ids.shape)}")
 
 
+def _check_device(name: str, values: Tensor | None, input_ids: Tensor) -> None:
+    if values is not None and values.device != input_ids.device:
+        raise ValueError(f"{name} is on {values.device}, but input_ids is on {input_ids.device}; move it")
+
+
 def _kernel(
     alpha: float | Tensor,
     input_ids: Tensor,
@@ -189,13 +197,9 @@ def _kernel(
         return None
     if torch._C._are_functorch_transforms_active():
         return None
-    device = input_ids.device
-    if any(
-        each is not None and (each.is_floating_point() or each.device != device)
-        for each in (attention_mask, position_ids)
-    ):
+    if any(each is not None and each.is_floating_point() for each in (attention_mask, position_ids)):
         return None
-    return ops.magnitude_kernel(device.type, backend)
+    return ops.magnitude_kernel(input_ids.device.type, backend)
 
 
 def _as_kernels_take_it(values: Tensor | None, shape: torch.Size) -> Tensor | None:

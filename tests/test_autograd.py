@@ -11,6 +11,7 @@ OPTIONS = [
     {},
     {"padding_idx": 2},
     {"padding_idx": -1},
+    {"padding_idx": -7},  # the first of as many rows
     {"scale_grad_by_freq": True},
     {"padding_idx": 0, "scale_grad_by_freq": True},
     {"sparse": True},
@@ -90,6 +91,15 @@ def test_forward_mode_gives_the_tangent_of_the_plain_embedding():
         assert torch.equal(forward_ad.unpack_dual(out).tangent, tangent[ids()])
 
 
+def test_changing_the_output_in_place_leaves_the_tangent_that_was_given():
+    embeds, tangent = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    given = tangent.clone()
+    with forward_ad.dual_level():
+        out = add_noise(forward_ad.make_dual(embeds, given), 0.1).mul_(2)
+        assert torch.equal(forward_ad.unpack_dual(out).tangent, 2 * tangent)
+    assert torch.equal(given, tangent)
+
+
 def test_torch_func():
     weight = torch.randn(7, 5)
     upstream = torch.randn(2, 4, 5)
@@ -105,6 +115,10 @@ def test_torch_func():
     one_by_one = torch.stack([noisy_embedding(ids(), table, 0.1, seed=seed) for table in tables])
     assert torch.equal(batched, one_by_one)
     assert torch.equal(torch.func.vmap(torch.func.grad(loss), (0, None, None))(tables, ids(), seed)[1], plain)
+    batched = torch.func.vmap(lambda embeds: add_noise(embeds, 0.1, seed=seed))(tables)
+    assert torch.equal(batched, torch.stack([add_noise(table, 0.1, seed=seed) for table in tables]))
+    squares = torch.func.grad(lambda embeds: add_noise(embeds, 0.1, seed=seed).square().sum())(weight)
+    assert torch.equal(squares, 2 * add_noise(weight, 0.1, seed=seed))
 
 
 def test_a_compiled_transform_is_refused_rather_than_wrong():

@@ -100,6 +100,24 @@ def test_only_what_the_noise_depends_on_must_be_told_again():
         model(ids, **inputs).sum().backward()
 
 
+def test_labels_that_are_gone_are_an_error_where_they_choose_the_tokens():
+    class Takes(Model):
+        def forward(self, input_ids, labels=None):
+            return super().forward(input_ids)
+
+    for noise_on in ("prompt", "completion"):
+        model = replace_embeddings(Takes("non-reentrant", Region), noise_on=noise_on).train()
+        out = model(IDS, labels=IDS)
+        with pytest.raises(RuntimeError, match="labels; give them to a module inside the region"):
+            out.sum().backward()
+
+
+def test_what_was_told_last_of_the_same_ids_counts():
+    model = replace_embeddings(Model("non-reentrant", Region)).train()
+    model(IDS, attention_mask=MASK)
+    model(IDS).sum().backward()
+
+
 def test_what_was_told_of_other_ids_does_not_matter():
     model = replace_embeddings(Model("non-reentrant", RegionWithMask)).train()
     first, second = IDS.clone(), IDS.clone()

@@ -147,6 +147,15 @@ def test_an_ensemble_draws_together_or_apart():
         outputs("error")
 
 
+def test_after_a_transform_over_masks_there_is_nothing_to_report():
+    """What is known inside of it stands for many values at once."""
+    module = noisy_module()
+    masks = torch.stack([MASK, torch.ones_like(MASK)])
+    batched = torch.func.vmap(lambda mask: module(IDS, attention_mask=mask), randomness="different")(masks)
+    assert torch.equal((batched != F.embedding(IDS, module.weight)).any(-1), masks.bool())
+    assert describe(module)[0].last_magnitude is None
+
+
 def test_double_backward_through_a_model():
     """The second derivative is that of the plain model at the noisy point."""
     network = model().double()
@@ -228,7 +237,9 @@ def test_a_model_on_the_meta_device():
         logits = network(ids).logits  # with a mask, transformers looks at its values, and there are none
         assert (logits.device.type, logits.shape) == ("meta", (2, 5, 50))
         out = embedding(ids)
+        embedding(ids, attention_mask=ids + 1)
     assert (out.device.type, out.shape) == ("meta", (2, 5, D))
+    assert describe(embedding)[0].last_magnitude == (5.0 / (5 * D) ** 0.5,) * 2  # of `out`; a mask here has no values
     out.sum().backward()
     assert embedding.weight.grad.device.type == "meta"
     network.to_empty(device="cpu")

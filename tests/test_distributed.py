@@ -16,7 +16,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from neft_kernels import NEFTuneCallback, NEFTuneEmbedding, noise_magnitude, noisy_embedding, replace_embeddings
+from neft_kernels import (
+    NEFTuneCallback,
+    NEFTuneEmbedding,
+    add_noise,
+    noise_magnitude,
+    noisy_embedding,
+    replace_embeddings,
+)
+from neft_kernels.distributed import Part, in_parts
 
 PROGRAMS = Path(__file__).parent / "distributed_runs"
 TIME_LIMIT = 600  # seconds; what hangs fails
@@ -149,6 +157,37 @@ def test_replicas_of_data_parallel():
     assert not torch.equal(want, network[0].weight[tokens])
 
 
+PARTS = {
+    "contiguous": Part(8, ((2, 4),)),
+    "head and tail": Part(8, ((1, 3), (5, 7))),
+    "tail before head": Part(8, ((6, 8), (0, 2), (3, 5))),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_slice_of_a_part_is_the_part_of_those_tokens(name):
+    part, whole = PARTS[name], torch.arange(16).view(2, 8)
+    held = part.of(whole)
+    assert held.shape[-1] == sum(end - begin for begin, end in part.pieces)
+    for begin in range(held.shape[-1] + 1):
+        for end in range(begin, held.shape[-1] + 1):
+            assert torch.equal(part.slice(begin, end).of(whole), held[..., begin:end])
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (3, 8), (2, 3, 8), (0, 8)], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_noise_on_a_part_is_that_part_of_the_noise_on_the_whole(name, shape):
+    part, embeds = PARTS[name], torch.randn(*shape, 5)
+    per_token = torch.rand(shape)
+    for magnitude in (0.3, torch.tensor(0.3), per_token):
+        seed = torch.tensor([3])
+        whole = add_noise(embeds, magnitude, seed=seed, stream=2)
+        held = part.of(magnitude) if isinstance(magnitude, torch.Tensor) and magnitude.ndim else magnitude
+        options = {"magnitude": held, "seed": seed, "stream": 2}
+        noisy = in_parts(add_noise, part.of(embeds.mT).mT, part, options)
+        assert torch.equal(noisy, part.of(whole.mT).mT)
+
+
 def test_sequence_group_needs_initialised_processes():
     with pytest.raises(ValueError, match=r"sequence_group needs torch\.distributed\.init_process_group\(\) first"):
         replace_embeddings(nn.Sequential(nn.Embedding(5, 4)), sequence_group="a group")
@@ -177,8 +216,9 @@ def test_bad_sequence_groups():
         replace_embeddings(model, sequence_group=squares["cp"], sequence_layout="zigzag")
     assert type(model[0]) is nn.Embedding
     replace_embeddings(model, sequence_group=squares["cp"], sequence_layout="head_tail")
-    with pytest.raises(ValueError, match="'head_tail' needs an even number of tokens on each rank, not 3"):
-        model(torch.tensor([1, 2, 3]))
+    for noisy in (model, NEFTuneEmbedding(5, 4, sequence_group=squares["cp"], sequence_layout="head_tail")):
+        with pytest.raises(ValueError, match="'head_tail' needs an even number of tokens on each rank, not 3"):
+            noisy(torch.tensor([1, 2, 3]))
 
 
 @pytest.mark.usefixtures("one_process")

@@ -25,7 +25,7 @@ from neft_kernels import (
 WEIGHT = torch.arange(20.0).view(5, 4)
 IDS = torch.tensor([[0, 1, 2], [3, 4, 0]])
 EMBEDS = WEIGHT[IDS]
-NAN = float("nan")
+NAN, INFINITY = float("nan"), float("inf")
 NO_EMBEDDING = nn.Linear(2, 2)
 
 
@@ -59,7 +59,7 @@ BAD = {
     "weight elsewhere": (look_up(weight=WEIGHT.to("meta")), ValueError, "input_ids is on cpu, but weight is on meta"),
     "magnitude negative": (look_up(magnitude=-0.1), ValueError, "magnitude.*-0.1"),
     "magnitude NaN": (look_up(magnitude=NAN), ValueError, "magnitude.*nan"),
-    "magnitude infinite": (look_up(magnitude=float("inf")), ValueError, "magnitude.*inf"),
+    "magnitude infinite": (look_up(magnitude=INFINITY), ValueError, "magnitude.*inf"),
     "magnitude a string": (look_up(magnitude="5"), TypeError, "magnitude.*str"),
     "magnitude fp64": (look_up(magnitude=torch.ones(2, 3).double()), TypeError, "magnitude.*float64"),
     "magnitude requires a gradient": (
@@ -72,15 +72,24 @@ BAD = {
     "magnitude elsewhere": (look_up(magnitude=torch.ones(3, device="meta")), ValueError, "magnitude is on meta"),
     "a token's magnitude negative": (look_up(magnitude=torch.tensor([1.0, 2.0, -3.0])), ValueError, "magnitude.*-3"),
     "a token's magnitude NaN": (look_up(magnitude=torch.tensor([1.0, NAN, 3.0])), ValueError, "magnitude.*nan"),
+    "a token's magnitude infinite": (
+        look_up(magnitude=torch.tensor([1.0, 2.0, INFINITY])),
+        ValueError,
+        "magnitude.*inf",
+    ),
     "seed of two": (look_up(seed=torch.tensor([1, 2])), ValueError, r"seed.*\[2\]"),
     "seed of fp32": (look_up(seed=torch.tensor([1.0])), ValueError, "seed.*float32"),
     "seed elsewhere": (look_up(seed=torch.zeros(1, dtype=torch.int64, device="meta")), ValueError, "seed is on meta"),
     "seed too large": (look_up(seed=2**63), ValueError, "seed.*64 bits"),
+    "seed too small": (look_up(seed=-(2**63) - 1), ValueError, "seed.*64 bits"),
     "seed a string": (look_up(seed="0"), TypeError, "seed.*str"),
+    "seed a boolean": (look_up(seed=True), TypeError, "seed.*bool"),
     "stream negative": (look_up(stream=-1), ValueError, "stream.*-1"),
     "stream too large": (look_up(stream=2**32), ValueError, "stream"),
     "first_token negative": (look_up(first_token=-1), ValueError, "first_token.*-1"),
+    "first_token too large": (look_up(first_token=2**63), ValueError, "first_token.*9223372036854775808"),
     "padding_idx too large": (look_up(padding_idx=5), ValueError, "padding_idx.*5"),
+    "padding_idx too small": (look_up(padding_idx=-6), ValueError, "padding_idx.*-6"),
     "no such backend": (look_up(backend="tpu"), ValueError, "backend.*tpu"),
     "backend not here": (look_up(backend="cuda"), RuntimeError, "backend='cuda'"),
     "embeds are integers": (add(IDS), TypeError, "embeds.*int64"),
@@ -88,20 +97,48 @@ BAD = {
     "add_noise: magnitude NaN": (add(magnitude=torch.full((3,), NAN)), ValueError, "magnitude.*nan"),
     "add_noise: magnitude negative": (add(magnitude=-1), ValueError, "magnitude.*-1"),
     "add_noise: stream": (add(stream=2**32), ValueError, "stream"),
+    "add_noise: first_token": (add(first_token=-1), ValueError, "first_token.*-1"),
+    "add_noise: seed": (add(seed=torch.tensor([1, 2])), ValueError, r"seed.*\[2\]"),
+    "add_noise: backend not here": (add(backend="cuda"), RuntimeError, "backend='cuda'"),
     "alpha negative": (magnitude_of(alpha=-5), ValueError, "alpha.*-5"),
     "alpha NaN": (magnitude_of(alpha=NAN), ValueError, "alpha.*nan"),
+    "alpha infinite": (magnitude_of(alpha=INFINITY), ValueError, "alpha.*inf"),
+    "alpha a boolean": (magnitude_of(alpha=True), TypeError, "alpha.*bool"),
     "alpha a string": (magnitude_of(alpha="5"), TypeError, "alpha.*str"),
     "embedding_dim 0": (magnitude_of(embedding_dim=0), ValueError, "embedding_dim.*0"),
     "scale_by unknown": (magnitude_of(scale_by="token"), ValueError, "scale_by.*token"),
+    "noise_on unknown": (magnitude_of(noise_on="answer", labels=IDS), ValueError, "noise_on.*answer"),
     "mask of another shape": (magnitude_of(attention_mask=torch.ones(2, 4)), ValueError, r"attention_mask.*\[2, 4\]"),
+    "mask elsewhere": (
+        magnitude_of(attention_mask=IDS.to("meta")),
+        ValueError,
+        "attention_mask is on meta.*cpu; move it",
+    ),
+    "positions elsewhere": (magnitude_of(position_ids=IDS.to("meta")), ValueError, "position_ids is on meta.*cpu"),
+    "labels elsewhere": (
+        magnitude_of(labels=IDS.to("meta"), noise_on="prompt"),
+        ValueError,
+        "labels is on meta.*cpu",
+    ),
     "positions of another length": (magnitude_of(position_ids=torch.arange(4)), ValueError, r"position_ids.*\[4\]"),
+    "positions of one column": (magnitude_of(position_ids=torch.zeros(2, 1)), ValueError, r"position_ids.*\[2, 1\]"),
     "positions that do not broadcast": (magnitude_of(position_ids=torch.zeros(3, 3)), ValueError, "position_ids"),
     "cu_seq_lens for two rows": (magnitude_of(cu_seq_lens=torch.tensor([0, 3])), ValueError, "cu_seq_lens.*one row"),
     "cu_seq_lens too short": (magnitude_of(IDS[:1], cu_seq_lens=torch.tensor([0])), ValueError, "cu_seq_lens.*N"),
-    "cu_seq_lens too long": (magnitude_of(IDS[:1], cu_seq_lens=torch.arange(6)), ValueError, "cu_seq_lens.*5"),
+    "cu_seq_lens too long": (
+        magnitude_of(IDS[:1], cu_seq_lens=torch.arange(5)),
+        ValueError,
+        "cu_seq_lens.*4 sequences",
+    ),
+    "cu_seq_lens of two rows": (
+        magnitude_of(IDS[:1], cu_seq_lens=torch.ones(2, 2)),
+        ValueError,
+        r"cu_seq_lens.*\[2, 2\]",
+    ),
     "module: alpha": (lambda: NEFTuneEmbedding(5, 4, alpha=-1), ValueError, "alpha"),
     "module: scale_by": (lambda: NEFTuneEmbedding(5, 4, scale_by="x"), ValueError, "scale_by"),
     "module: stream": (lambda: NEFTuneEmbedding(5, 4, stream=-1), ValueError, "stream"),
+    "module: stream too large": (lambda: NEFTuneEmbedding(5, 4, stream=2**32), ValueError, "stream.*4294967296"),
     "module: backend": (lambda: NEFTuneEmbedding(5, 4, backend="x"), ValueError, "backend"),
     "module: max_norm": (lambda: NEFTuneEmbedding(5, 4, max_norm=1.0), ValueError, "max_norm"),
     "model is no module": (lambda: replace_embeddings("gpt2"), TypeError, "model.*str"),
@@ -126,6 +163,8 @@ def test_bad_input(case):
 def test_every_backend_checks_values_on_the_cpu(backend):
     with pytest.raises(IndexError, match=r"input_ids\[0, 1\] is 5"):
         noisy_embedding(torch.tensor([[0, 5]]), WEIGHT, 0.1, backend=backend)
+    with pytest.raises(IndexError, match=r"input_ids\[0, 1\] is -1"):
+        noisy_embedding(torch.tensor([[0, -1]]), WEIGHT, 0.1, backend=backend)
     with pytest.raises(ValueError, match="magnitude"):
         noisy_embedding(IDS, WEIGHT, torch.tensor([1.0, NAN, 3.0]), backend=backend)
     with pytest.raises(ValueError, match="magnitude"):

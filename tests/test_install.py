@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+import neft_kernels
+from neft_kernels.native_backend import load
+
 REPOSITORY = Path(__file__).parent.parent
 VECTORS = REPOSITORY / "tests" / "vectors" / "contract_vectors.json"
 # Mangled names, and those of their types and tables, in torch's namespaces.
@@ -249,40 +252,85 @@ def test_any_other_value_of_the_switch_is_an_error(source, tmp_path):
 
 @pytest.fixture
 def modules_built(monkeypatch):
-    """Which extensions setup.py would build, with a CUDA build of torch, by NEFT_KERNELS_BUILD and the CUDA toolkit's home."""
+    """The extensions that setup.py would build, by name: for NEFT_KERNELS_BUILD, the CUDA toolkit's home, and torch's CUDA."""
     import setuptools
     import torch
     from torch.utils import cpp_extension
 
-    def ask(wanted, cuda_home):
+    def ask(wanted, cuda_home, cuda="13.0"):
         asked = []
         monkeypatch.chdir(REPOSITORY)
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", cuda_home)
         monkeypatch.setattr(
             cpp_extension, "CUDAExtension", cpp_extension.CppExtension
         )  # which would look for libraries
         monkeypatch.setattr(setuptools, "setup", lambda **options: asked.append(options))
         monkeypatch.setenv("NEFT_KERNELS_BUILD", wanted)
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
         runpy.run_path("setup.py")
-        return [module.name.rpartition("_")[2] for module in asked[0].get("ext_modules", [])]
+        return {module.name.rpartition("_")[2]: module for module in asked[0].get("ext_modules", [])}
 
     return ask
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cuda_home", "expected"),
+    ("wanted", "cuda_home", "cuda", "expected"),
     [
-        ("", None, ["cpu"]),
-        ("", "/usr", ["cpu", "cuda"]),
-        ("1", "/usr", ["cpu", "cuda"]),
-        ("cpu", "/usr", ["cpu"]),
-        ("cpu", None, ["cpu"]),
+        ("", None, "13.0", ["cpu"]),
+        ("", "/usr", "13.0", ["cpu", "cuda"]),
+        ("", "/usr", None, ["cpu"]),
+        ("1", "/usr", "13.0", ["cpu", "cuda"]),
+        ("1", "/usr", None, ["cpu"]),
+        ("1", None, None, ["cpu"]),
+        ("cpu", "/usr", "13.0", ["cpu"]),
+        ("cpu", None, "13.0", ["cpu"]),
+        ("0", "/usr", "13.0", []),
     ],
 )
-def test_which_extensions_are_built(modules_built, wanted, cuda_home, expected):
-    assert modules_built(wanted, cuda_home) == expected
+def test_which_extensions_are_built(modules_built, monkeypatch, capsys, wanted, cuda_home, cuda, expected):
+    """What was asked for must be built, the rest may fail; and what is left out unasked is said."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    modules = modules_built(wanted, cuda_home, cuda)
+    assert list(modules) == expected
+    assert all(module.optional == (not wanted) for module in modules.values())
+    assert ("the CUDA extension is left out" in capsys.readouterr().err) == (
+        (wanted, cuda_home, cuda) == ("", None, "13.0")
+    )
+
+
+def test_every_extension_keeps_to_the_contract_and_to_the_stable_abi(modules_built, monkeypatch):
+    """No compiler may fuse a multiplication and an addition, whoever compiles; every header that changes is compiled again."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    for name, module in modules_built("1", "/usr").items():
+        given = module.extra_compile_args
+        by_compiler = given if isinstance(given, dict) else {"cxx": given}
+        for compiler, flags in by_compiler.items():
+            prefix = "-Xcompiler=" if compiler == "nvcc" else ""
+            assert f"{prefix}-ffp-contract=off" in flags
+            assert ("-fmad=false" in flags) == (compiler == "nvcc")
+            assert "-DTORCH_TARGET_VERSION=0x020A000000000000" in flags
+            assert "-DPy_LIMITED_API=0x030A0000" in flags
+            assert ("-DUSE_CUDA" in flags) == (name == "cuda")
+        assert module.py_limited_api
+        assert set(module.depends) >= {str(path) for path in Path("csrc").rglob("*.*h")}
+
+
+@pytest.mark.parametrize("given", [None, "9.0"])
+def test_the_architectures_are_those_that_one_names_or_all(modules_built, monkeypatch, given):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given or "")
+    if given is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    modules_built("1", "/usr")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == (given or "8.0;9.0;10.0;12.0+PTX")
+
+
+def test_an_extension_that_does_not_load_says_why(monkeypatch, tmp_path):
+    (tmp_path / "_C_broken.py").write_text("raise ImportError('undefined symbol: aoti_torch_no_more')")
+    monkeypatch.setattr(neft_kernels, "__path__", [*neft_kernels.__path__, str(tmp_path)])
+    assert load("broken") == (None, "the extension does not load: undefined symbol: aoti_torch_no_more")
+    module, reason = load("nowhere")
+    assert module is None
+    assert reason.startswith("the extension was not built")
 
 
 def test_a_missing_cuda_toolkit_is_an_error_where_the_extensions_were_asked_for(modules_built):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.functional import pad
 
 from neft_kernels import describe, noise_magnitude, replace_embeddings
 from neft_kernels.layout import lay_out, may_be_laid_out
@@ -51,7 +52,7 @@ def bounds(model, make, *args):
     return magnitude
 
 
-PAD_AFTER, PAD_BEFORE = (lambda m: nn.functional.pad(m, (0, 3))), (lambda m: nn.functional.pad(m, (3, 0)))
+PAD_AFTER, PAD_BEFORE = (lambda m: pad(m, (0, 3))), (lambda m: pad(m, (3, 0)))
 LAYOUTS = {
     "as given": (GIVEN, MASK, lambda ids: ids, lambda m: m),
     "a copy with another id, as for pictures": (GIVEN, MASK, lambda ids: ids.masked_fill(ids == 4, 0), lambda m: m),
@@ -60,6 +61,13 @@ LAYOUTS = {
     "behind a prompt, in another integer type": (GIVEN, MASK, lambda ids: torch.cat((ADDED, ids), 1).int(), PAD_BEFORE),
     "square": (SQUARE, SQUARE != 0, lambda ids: ids.clone(), lambda m: m),
     "square, by time": (SQUARE, SQUARE != 0, lambda ids: ids.mT.contiguous(), lambda m: m.mT),
+    "square, padded on": (SQUARE, SQUARE != 0, lambda ids: torch.cat((ids, ADDED.mT), 1), lambda m: pad(m, (0, 2))),
+    "square, behind a prompt": (
+        SQUARE,
+        SQUARE != 0,
+        lambda ids: torch.cat((ADDED.mT, ids), 1),
+        lambda m: pad(m, (2, 0)),
+    ),
     "square and the same by time": (
         SQUARE[:1].expand(3, 3) * 0 + 7,
         SQUARE != 0,
@@ -93,17 +101,75 @@ def test_ids_that_are_not_found_among_those_looked_up_get_the_batch_rule():
     assert report.note == "ids of shape [2, 5] were looked up as [2, 8]"
 
 
+def test_all_that_cannot_be_used_is_noted():
+    model = replace_embeddings(Look(lambda ids: torch.cat((ids, ADDED), 1)), alpha=ALPHA)
+    model(GIVEN, torch.ones(2, 1, 5, 5))
+    (report,) = describe(model)
+    assert report.note == (
+        "attention_mask of shape [2, 1, 5, 5] does not tell the lengths of ids of shape [2, 5]; "
+        "ids of shape [2, 5] were looked up as [2, 8]"
+    )
+
+
+class Labelled(Look):
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("noise_on", ["prompt", "completion"])
+def test_labels_follow_the_ids_or_choose_none(noise_on):
+    """Where the ids are not found among those looked up, none is known to be of the prompt, nor of the completion."""
+    labels = GIVEN.masked_fill(GIVEN < 5, -100)
+    chosen = (labels == -100) == (noise_on == "prompt")
+    inserted = Labelled(lambda ids: torch.cat((ids[:, :2], ADDED, ids[:, 2:]), 1))
+    padded = Labelled(lambda ids: torch.cat((ids, ADDED), 1))
+    for model, noisy in ((padded, PAD_AFTER(chosen)), (inserted, torch.zeros(2, 8, dtype=torch.bool))):
+        replace_embeddings(model, alpha=ALPHA, noise_on=noise_on)
+        plain = nn.functional.embedding(model.make(GIVEN), model.embedding.weight)
+        assert torch.equal((model(GIVEN, labels=labels) != plain).any(-1), noisy)
+
+
+class KeepsItsForward(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class LooksUpByName(Look):
+    def __init__(self):
+        super().__init__(lambda ids: ids.mT.contiguous())
+        self.embedding = KeepsItsForward(50, WIDTH)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.embedding(ids=self.make(input_ids))
+
+
+def test_ids_that_are_given_by_name_are_told_apart_too():
+    model = replace_embeddings(LooksUpByName(), alpha=ALPHA)
+    model(GIVEN, MASK)
+    ((_, _, noise),) = noisy_modules(model)
+    assert torch.equal(noise.last_magnitude, magnitudes(GIVEN, MASK).mT)
+
+
 def test_what_is_of_no_such_layout():
     assert not may_be_laid_out(None, GIVEN)
     assert not may_be_laid_out(GIVEN, GIVEN)
+    assert not may_be_laid_out(SQUARE, SQUARE)
     assert not may_be_laid_out(GIVEN, GIVEN[:, :3])
     assert not may_be_laid_out(GIVEN, GIVEN[:1])
+    assert not may_be_laid_out(GIVEN, GIVEN[:1].expand(3, 5))
+    assert not may_be_laid_out(GIVEN, GIVEN[:1].repeat(3, 2))
+    assert not may_be_laid_out(GIVEN, GIVEN[:, 0])
+    assert not may_be_laid_out(GIVEN, torch.zeros(2, 7, 3))
+    assert not may_be_laid_out(GIVEN[0], GIVEN)
+    assert not may_be_laid_out(GIVEN, GIVEN[None])
+    assert not may_be_laid_out(GIVEN[None], GIVEN.mT)
     assert not may_be_laid_out(GIVEN, GIVEN.to("meta").mT)
 
 
 def test_a_number_holds_for_the_ids_that_it_is_about():
     assert torch.equal(lay_out(0.5, GIVEN, GIVEN.mT.clone(), 9.0), torch.full(GIVEN.mT.shape, 0.5))
-    assert lay_out(0.5, SQUARE, SQUARE.clone(), 9.0) == 0.5
+    for number in (0.5, torch.tensor(0.5)):
+        assert lay_out(number, SQUARE, SQUARE.clone(), 9.0) == 0.5
 
 
 def test_ids_that_only_have_the_shape_of_those_given_are_not_taken_for_them():
@@ -203,3 +269,24 @@ def test_codebooks_get_the_noise_of_their_sum_once():
         nn.functional.embedding(row[None], table.weight) for table, row in zip(tables, ids, strict=True)
     )
     assert 0.9 * ALPHA / (9 * WIDTH) ** 0.5 < noise.abs().max() <= ALPHA / (9 * WIDTH) ** 0.5 + 1e-5
+
+
+class Codebooks(nn.Module):
+    """Returns the sum of what it looks up in its codebooks, as CSM's and Kyutai's embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(50, WIDTH) for _ in range(3))
+
+    def forward(self, ids):  # [B, L, 3] to [B, L, WIDTH]
+        return sum(table(ids[..., number]) for number, table in enumerate(self.tables))
+
+
+def test_ids_of_several_codebooks_are_as_long_as_what_is_looked_up():
+    model = Look(lambda ids: ids[..., None].expand(*ids.shape, 3))
+    model.embedding = Codebooks()
+    replace_embeddings(model, alpha=ALPHA)
+    for args, want in (((GIVEN,), ALPHA / (5 * WIDTH) ** 0.5), ((GIVEN, MASK), magnitudes(GIVEN, MASK))):
+        model(*args)
+        ((_, _, noise),) = noisy_modules(model)
+        assert torch.equal(torch.as_tensor(noise.last_magnitude), torch.as_tensor(want))

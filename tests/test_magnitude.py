@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neft_kernels import noise_magnitude, ops
 
@@ -105,6 +106,12 @@ def test_packed_by_cu_seq_lens(dtype):
     assert torch.equal(noise_magnitude(ids(1, 7), D, ALPHA, cu_seq_lens=boundaries), lengths([3, 3, 3, 2, 2, 0, 0]))
 
 
+def test_boundaries_may_be_elsewhere_than_the_ids():
+    """They are few, and often on the CPU."""
+    magnitude = noise_magnitude(ids(1, 6).to("meta"), D, ALPHA, cu_seq_lens=torch.tensor([0, 3, 6]))
+    assert (magnitude.shape, magnitude.device.type) == ((1, 6), "meta")
+
+
 def test_padding_at_the_end_of_a_packed_row_gets_none():
     """Collators pad positions with 0 and give no mask, so that each padding token looks like a sequence of its own."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]])
@@ -133,6 +140,28 @@ def test_alpha_as_a_tensor_gives_the_same_values():
         number = noise_magnitude(ids(1, 4), D, ALPHA, attention_mask=mask)
         tensor = noise_magnitude(ids(1, 4), D, torch.tensor(ALPHA, dtype=torch.float64), attention_mask=mask)
         assert torch.equal(tensor, torch.as_tensor(number, dtype=torch.float32))
+
+
+def test_alpha_as_a_tensor_is_not_looked_at():
+    """As on the meta device, where it has no value."""
+    tokens, alpha = ids(2, 4).to("meta"), torch.tensor(ALPHA, dtype=torch.float64, device="meta")
+    for masks in ({}, {"attention_mask": tokens}, {"position_ids": tokens}):
+        assert noise_magnitude(tokens, D, alpha, **masks).shape in ((), (2, 4))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
+def test_fake_tensors_have_the_shape_and_dtype_of_real_ones(name):
+    with FakeTensorMode() as fakes:
+        tokens = fakes.from_tensor(ids(2, 5))
+        magnitude = noise_magnitude(tokens, D, ALPHA, **{name: tokens})
+    assert (magnitude.shape, magnitude.dtype, magnitude.device.type) == ((2, 5), torch.float32, "cpu")
+
+
+def test_one_token_is_a_sequence_and_no_padding():
+    for shape in ((1, 1), (3, 1), (1,)):
+        got = noise_magnitude(ids(*shape), D, ALPHA, position_ids=ids(*shape))
+        assert torch.equal(got, torch.full(shape, expected(1)))
+    assert torch.equal(noise_magnitude(ids(1), D, ALPHA, cu_seq_lens=torch.tensor([0, 1])), lengths([1])[0])
 
 
 def test_scale_by_batch_ignores_masks():
@@ -171,7 +200,9 @@ def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
             random(*shape, to=shape[-1] + 3),
             random(*shape, to=2).bool(),
         ]
+        masks.append(masks[1].mT.contiguous().mT)
         cases += [{"attention_mask": mask} for mask in masks]
+        cases += [{"attention_mask": masks[0] / 2, "position_ids": positions}, {"position_ids": positions / 2}]
         cases += [{"position_ids": each} for each in (positions, positions.int(), random(*shape, to=3), positions[:1])]
         cases += [{"position_ids": positions, "attention_mask": mask} for mask in masks]
         ended = positions.clone()

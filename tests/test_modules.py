@@ -5,10 +5,11 @@ import pickle
 
 import pytest
 import torch
+from conftest import CPU_BACKENDS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from neft_kernels import NEFTuneEmbedding, noise_magnitude, noisy_embedding
+from neft_kernels import NEFTuneEmbedding, describe, noise_magnitude, noisy_embedding, ops, replace_embeddings
 
 IDS = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
@@ -59,6 +60,79 @@ def test_masks_reach_the_magnitude():
     assert (noise_of(batch, IDS, attention_mask=MASK) != 0).all()
 
 
+def test_noise_on_the_chosen_tokens_only():
+    labels = torch.tensor([[-100, 2, 3, -100], [-100, -100, 5, 6]])
+    for noise_on, noisy in (("prompt", labels == -100), ("completion", labels != -100)):
+        module = embedding(noise_on=noise_on)
+        assert torch.equal((noise_of(module, IDS, labels=labels) != 0).any(-1), noisy)
+        with pytest.raises(ValueError, match=f"noise_on='{noise_on}' needs labels"):
+            module(IDS)
+
+
+def test_a_batch_of_nothing_but_padding():
+    module = embedding()
+    assert not noise_of(module, IDS, attention_mask=torch.zeros_like(MASK)).any()
+    assert describe(module)[0].last_magnitude == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+def test_a_batch_without_tokens(shape):
+    module, plain = embedding(), nn.Embedding(10, 6)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    out = module(ids)
+    assert out.shape == plain(ids).shape
+    out.sum().backward()
+    assert not module.weight.grad.any()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_the_backend_asked_for_is_the_one_that_computes(backend, monkeypatch):
+    """The noise and, where it has a kernel for them, the magnitudes."""
+    ran = set()
+    for op, overloads in ops.OVERLOADS.items():
+        for name, overload in overloads.items():
+
+            def note(*args, op=op, name=name, overload=overload):
+                ran.add((op, name))
+                return overload(*args)
+
+            monkeypatch.setitem(overloads, name, note)
+    monkeypatch.setattr(ops, "magnitude_kernel", ops.magnitude_kernel.__wrapped__)  # whose cache holds the overloads
+
+    class Doubled(nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    replaced = replace_embeddings(nn.Sequential(nn.Embedding(10, 6)), backend=backend)
+    doubled = replace_embeddings(nn.Sequential(Doubled(10, 6)), backend=backend)
+    computed = {"noisy_embedding", "token_magnitude"} if backend in ops.MAGNITUDE_BACKENDS else {"noisy_embedding"}
+    for module, args, expected in (
+        (embedding(backend=backend), {"attention_mask": MASK}, computed),
+        (replaced, {}, {"noisy_embedding"}),
+        (doubled, {}, {"add_noise"}),
+    ):
+        ran.clear()
+        module(IDS, **args)
+        assert ran == {(op, backend) for op in expected}
+
+
+def test_what_describe_says_for_people():
+    module = embedding(stream=7, backend="reference")
+    begin = (
+        "(the model itself) (NEFTuneEmbedding): noise on; alpha=5 by sequence, fused on backend 'reference', stream 7; "
+    )
+    assert str(describe(module)) == begin + "no batch with noise yet"
+    module(IDS)
+    assert str(describe(module)) == begin + "last batch within +-1.02"  # 5 / sqrt(4 * 6)
+    module(IDS, attention_mask=MASK)
+    assert str(describe(module)) == begin + "last batch within +-1.18 to 1.44 by sequence"  # of 3 and 2 tokens
+    module = nn.Sequential(embedding(noise_on="prompt", scale_by="batch")).eval()
+    assert str(describe(module)) == (
+        "0 (NEFTuneEmbedding): noise off: evaluation mode; alpha=5 by batch on the prompt, fused on backend 'cpu', "
+        "stream of this replica; no batch with noise yet"
+    )
+
+
 def test_gradient_honours_the_options_of_the_embedding():
     for options in ({}, {"scale_grad_by_freq": True}, {"sparse": True}):
         torch.manual_seed(0)
@@ -89,6 +163,8 @@ def test_it_is_an_nn_embedding():
     assert torch.equal(plain.weight, module.weight)
     table = torch.randn(4, 3)
     assert torch.equal(NEFTuneEmbedding.from_pretrained(table).weight, table)
+    for freeze in (True, False):
+        assert NEFTuneEmbedding.from_pretrained(table, freeze=freeze).weight.requires_grad != freeze
     assert NEFTuneEmbedding(4, 3, dtype=torch.bfloat16, device="meta").weight.device.type == "meta"
 
 

@@ -1,6 +1,11 @@
 """Contract: to PyTorch the ops are well-behaved: pure, with fakes that tell the truth, and one graph for all lengths."""
 
 import logging
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +134,123 @@ def test_without_the_extension_the_reference_is_chosen(monkeypatch):
     assert ops.choose_backend("cpu") == "reference"
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run here \(not built"):
         ops.choose_backend("cpu", "cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends that a machine has a GPU, Triton, the extensions, and what the switches say."""
+
+    def pretend(gpu=False, triton=False, cuda=None, cpu=None, interpret=False, preferred=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(ops, "_TRITON_INSTALLED", triton)
+        monkeypatch.setattr(ops, "_INTERPRET_TRITON", interpret)
+        monkeypatch.setattr(ops, "_cpu_extension", cpu)
+        monkeypatch.setattr(ops, "_cuda_extension", cuda)
+        monkeypatch.setattr(ops, "_cpu_error", None if cpu else "the reason for the CPU")
+        monkeypatch.setattr(ops, "_cuda_error", None if cuda else "the reason for CUDA")
+        monkeypatch.setattr(ops, "_PREFERRED_BACKEND", preferred)
+        monkeypatch.setattr(ops, "_chosen", {})
+        ops.magnitude_kernel.cache_clear()
+
+    yield pretend
+    ops.magnitude_kernel.cache_clear()
+
+
+CPU_EXTENSION, CUDA_EXTENSION = SimpleNamespace(instruction_set=lambda: "avx2"), SimpleNamespace()
+ALL = {"gpu": True, "triton": True, "cuda": CUDA_EXTENSION, "cpu": CPU_EXTENSION}
+#: What a machine has, the choices for CPU and CUDA tensors, and what is said of each backend.
+MACHINES = {
+    "all": (ALL, "cpu", "triton", ["just-in-time compiled", "CUDA C++", "avx2", "plain torch"]),
+    "nothing": (
+        {},
+        "reference",
+        None,
+        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+    ),
+    "no GPU": ({**ALL, "gpu": False}, "cpu", None, ["no GPU", "no GPU", "avx2", "plain torch"]),
+    "no Triton": (
+        {**ALL, "triton": False},
+        "cpu",
+        "cuda",
+        ["triton is not installed", "CUDA C++", "avx2", "plain torch"],
+    ),
+    "a GPU alone": (
+        {"gpu": True},
+        "reference",
+        "reference",
+        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+    ),
+    "Triton interpreted": (
+        {**ALL, "interpret": True, "cuda": None},
+        "cpu",
+        "reference",
+        ["interpreted, because TRITON_INTERPRET=1", "the reason for CUDA", "avx2", "plain torch"],
+    ),
+    "one preferred": (
+        {**ALL, "preferred": "reference"},
+        "reference",
+        "reference",
+        ["just-in-time compiled", "CUDA C++", "avx2", "plain torch"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_choice_on_other_machines(machine, name):
+    has, on_cpu, on_gpu, details = MACHINES[name]
+    machine(**has)
+    assert ops.choose_backend("cpu") == on_cpu
+    chosen = {device: backend.name for backend in available_backends() for device in backend.chosen_for}
+    assert chosen == {"cpu": on_cpu} | ({"cuda": on_gpu} if on_gpu else {})
+    assert not on_gpu or ops.choose_backend("cuda") == on_gpu
+    for backend, detail in zip(available_backends(), details, strict=True):
+        assert backend.detail.startswith(detail)
+    assert ops.magnitude_kernel("cpu", None) is OVERLOADS["token_magnitude"].get(on_cpu)
+    assert ops.magnitude_kernel("cuda", None) is OVERLOADS["token_magnitude"].get(on_gpu)
+
+
+def test_what_is_asked_for_comes_before_what_is_preferred(machine):
+    machine(**ALL, preferred="triton")
+    assert ops.choose_backend("cuda") == "triton"
+    assert ops.choose_backend("cuda", "cuda") == "cuda"
+    assert ops.magnitude_kernel("cuda", "cuda") is None
+    assert ops.magnitude_kernel("cpu", "cpu") is OVERLOADS["token_magnitude"]["cpu"]
+    assert ops.magnitude_kernel("cpu", None) is None  # of Triton's, which does not run there
+    with pytest.raises(RuntimeError, match=r"backend='triton' runs on cuda tensors, not on cpu ones \(just-in-time"):
+        ops.choose_backend("cpu")
+
+
+def test_on_any_other_device_it_is_the_reference(machine):
+    machine(**ALL)
+    assert ops.choose_backend("mps") == ops.choose_backend("mps", "reference") == "reference"
+    with pytest.raises(RuntimeError, match=r"backend='cpu' runs on cpu tensors, not on mps ones \(avx2\)"):
+        ops.choose_backend("mps", "cpu")
+
+
+def test_only_the_automatic_choice_is_logged(machine, caplog):
+    machine(cpu=CPU_EXTENSION)
+    with caplog.at_level(logging.INFO, logger="neft_kernels"):
+        ops.choose_backend("cpu", "reference")
+        assert not caplog.records
+        ops.choose_backend("cpu")
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("switches", "expected"),
+    [
+        ({"NEFT_KERNELS_BACKEND": "reference"}, r"\+ reference .*, chosen for cpu tensors"),
+        ({"NEFT_KERNELS_BACKEND": "", "NEFT_KERNELS_INSTRUCTION_SET": ""}, r"\+ cpu .*, chosen for cpu tensors"),
+        ({"NEFT_KERNELS_INSTRUCTION_SET": "portable"}, r"\+ cpu +portable, chosen for cpu tensors"),
+    ],
+    ids=["backend", "empty", "instruction set"],
+)
+def test_switches_and_the_program_that_shows_the_choice(switches, expected):
+    run = subprocess.run(
+        [sys.executable, "-m", "neft_kernels"], env={**os.environ, **switches}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(expected, run.stdout), run.stdout
 
 
 class _FunctionNames(TorchFunctionMode):

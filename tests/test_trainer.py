@@ -1,6 +1,9 @@
 """Contract: in a training run of the real Trainer the noise is there while it trains, once, and gone afterwards."""
 
+import copy
+import inspect
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import neftune
@@ -23,6 +27,7 @@ from neft_kernels import (
     restore_embeddings,
     set_alpha,
 )
+from neft_kernels.noise import Noise
 
 D = 16
 
@@ -146,6 +151,19 @@ def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
         assert transformers.trainer.activate_neftune is not before
 
 
+def test_a_handle_undoes_only_what_it_did():
+    """Taken back a second time, as the Trainer does where a run fails after its end, it leaves alone what came since."""
+    network = model()
+    with patch_transformers():
+        handle = transformers.trainer.activate_neftune(network, 5.0)
+        assert len(describe(network)) == 1
+        handle.remove()
+        assert is_plain(network)
+        replace_embeddings(network, alpha=50.0)
+        transformers.trainer.deactivate_neftune(network, handle)
+    assert describe(network)[0].alpha == 50.0
+
+
 def test_patching_draws_nothing():
     state = torch.get_rng_state()
     patch_transformers().undo()
@@ -208,6 +226,56 @@ def test_schedule_follows_the_trainers_step(tmp_path):
     assert largest == pytest.approx([alpha / (9 * D) ** 0.5 for alpha in (0.0, 10.0, 20.0)])
 
 
+def test_a_callback_that_steps_aside_lets_the_training_run(tmp_path):
+    """It tells its schedule to nobody; and what Trainer.train returns is what it returns without us."""
+    network, look = replace_embeddings(model(), alpha=50.0), Look()
+    output = trainer(tmp_path, network, [NEFTuneCallback(lambda step: 1.0), look]).train()
+    assert output.global_step == 3
+    assert [report[0].alpha for report in look.reports] == [50.0] * 3
+
+
+@pytest.mark.parametrize("first", [NEFTuneCallback, lambda: patch_transformers().undo()], ids=["callback", "patch"])
+def test_train_is_wrapped_once_by_whichever_comes_first(first, monkeypatch):
+    """An earlier test may have wrapped it."""
+    plain = Trainer.train
+    if hasattr(plain, "_neft_kernels"):
+        plain = plain.__wrapped__
+    monkeypatch.setattr(Trainer, "train", plain)
+    first()
+    wrapped = Trainer.train
+    assert wrapped is not plain
+    assert inspect.signature(wrapped) == inspect.signature(plain)
+    NEFTuneCallback()
+    patch_transformers().undo()
+    assert Trainer.train is wrapped
+
+
+def test_what_accelerate_wraps_is_unwrapped_first():
+    network = model()
+    wrapped = nn.Sequential(network)
+    accelerator = SimpleNamespace(unwrap_model=lambda given: given[0])
+    with patch_transformers():
+        handle = transformers.trainer.activate_neftune(wrapped, 5.0, accelerator)
+        assert [report.name for report in describe(network)] == ["model.embed_tokens"]
+        assert not wrapped._forward_hooks
+        assert not wrapped._forward_pre_hooks
+        transformers.trainer.deactivate_neftune(wrapped, handle, accelerator)
+    assert is_plain(network)
+
+
+def test_an_alpha_that_is_set_during_training_stays(tmp_path):
+    """The callback tells a schedule its step, and sets nothing where there is none."""
+
+    class Sets(Look):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            set_alpha(kwargs["model"], 8.0)
+
+    look = Sets()
+    trainer(tmp_path, model(), [NEFTuneCallback(5.0), look]).train()
+    assert [report[0].alpha for report in look.reports] == [5.0, 8.0, 8.0]
+
+
 def test_schedule_counts_forward_passes_and_set_alpha_changes_it():
     network = replace_embeddings(model(), alpha=lambda step: 1.0 + step)
     ids = torch.arange(3, 12)[None]
@@ -231,8 +299,6 @@ def test_schedule_counts_forward_passes_and_set_alpha_changes_it():
 
 
 def test_a_compiled_model_follows_set_alpha_without_compiling_again():
-    from torch._dynamo.testing import CompileCounter
-
     torch._dynamo.reset()
     embedding = neft_kernels.NEFTuneEmbedding(50, D, alpha=lambda step: 1.0)
     counter = CompileCounter()
@@ -253,6 +319,23 @@ def test_a_compiled_model_does_not_freeze_a_schedule():
     ids = torch.arange(3, 12)[None]
     with pytest.raises(Exception, match=r"set_alpha\(\.\.\., step="):
         torch.compile(network, fullgraph=True, backend="eager")(ids)
+
+
+def test_a_compiled_model_follows_a_schedule_whose_step_is_told():
+    """In one graph; a copy has an alpha of its own."""
+    torch._dynamo.reset()
+    embedding = neft_kernels.NEFTuneEmbedding(50, D, alpha=lambda step: 1.0 + step)
+    set_alpha(embedding, lambda step: 1.0 + step, step=0)
+    twin, ids = copy.deepcopy(embedding), torch.arange(9)[None]
+    counter = CompileCounter()
+    compiled = torch.compile(embedding, fullgraph=True, backend=counter)
+    for step in (0, 3, 15):
+        set_alpha(embedding, lambda step: 1.0 + step, step=step)
+        set_alpha(twin, 0.0)
+        noise = (compiled(ids) - embedding.weight[ids]).abs().max()
+        bound = (1.0 + step) / (9 * D) ** 0.5
+        assert 0.5 * bound <= noise <= bound + 1e-5
+    assert counter.frame_count == 1
 
 
 def test_a_recomputed_pass_is_not_counted():
@@ -301,6 +384,25 @@ def test_the_first_noisy_batch_is_logged_once(caplog):
     (record,) = [record.message for record in caplog.records if "noise is on" in record.message]
     assert record.startswith("model.embed_tokens: noise is on, alpha=5 scaled by sequence, backend cpu")
     assert f"{5.0 / (9 * D) ** 0.5:.3g}" in record
+
+
+def test_the_log_of_a_schedule_and_of_what_could_not_be_used(caplog):
+    network = replace_embeddings(model(), alpha=lambda step: 3.0 + step)
+    with caplog.at_level(logging.INFO, logger="neft_kernels"):
+        network(torch.arange(3, 12)[None], attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
+    (message,) = [record.getMessage() for record in caplog.records if "noise is on" in record.getMessage()]
+    assert "alpha=3 scaled" in message
+    assert message.endswith("(attention_mask of shape [1, 1, 9, 9] does not tell the lengths of ids of shape [1, 9])")
+
+
+def test_magnitudes_are_read_only_for_a_log_that_is_kept(caplog, monkeypatch):
+    """On a GPU reading them waits for the device."""
+    read = []
+    monkeypatch.setattr(Noise, "bounds", lambda noise: read.append(noise))
+    for level, reads in ((logging.WARNING, 0), (logging.INFO, 1)):
+        with caplog.at_level(level, logger="neft_kernels"):
+            replace_embeddings(model(), alpha=5.0)(torch.arange(3, 12)[None])
+        assert len(read) == reads
 
 
 def tokenizer():
