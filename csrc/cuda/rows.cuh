@@ -131,31 +131,37 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
   const int64_t stride = kAligned ? 1 : rows.column_stride;
 
   for (uint32_t first = place.block; first < rows.num_blocks; first += place.to_next_go) {
-    const uint32_t blocks_left = rows.num_blocks - first;
     const int64_t column = static_cast<int64_t>(first) * Block::kColumns;
     const Bits* in = in_row + column * stride;
     Bits* out = out_row + column;
 
-    Block blocks[kBlocks];
+    Block blocks[kBlocks] = {};  // defined also where nothing is loaded
+    // Loads and stores go on where they could stop: that makes each a predicated instruction, with no branch around it.
     NEFT_UNROLL
     for (int k = 0; k < kBlocks; ++k) {
-      if (!is_row || k * kLanes >= blocks_left) break;
+      if (!is_row || first + k * kLanes >= rows.num_blocks) continue;
       if (kAligned)
         blocks[k].load(in + k * kStep);
       else
         blocks[k].load(in + k * kStep * stride, rows.num_columns - column - k * kStep, stride);
     }
-    NEFT_UNROLL
-    for (int k = 0; k < kBlocks; ++k) {
-      if (k * kLanes >= blocks_left) break;
-      if (magnitude != 0) {
+    // The magnitude is tested once, and a block gets noise only after the one before it: so the compiler sees what the
+    // Philox calls of a thread have in common, which is the keys of the rounds and the products without the block.
+    if (magnitude != 0) {
+      NEFT_UNROLL
+      for (int k = 0; k < kBlocks; ++k) {
+        if (first + k * kLanes >= rows.num_blocks) break;
         uint32_t words[4];
         set_counter(words, first + k * kLanes, token, rows.stream);
         philox4x32(words, key);
         blocks[k].add_noise(magnitude, words);
-      } else if (!is_row) {
-        blocks[k].fill_with_nan();
       }
+    } else if (!is_row) {
+      for (Block& block : blocks) block.fill_with_nan();
+    }
+    NEFT_UNROLL
+    for (int k = 0; k < kBlocks; ++k) {
+      if (first + k * kLanes >= rows.num_blocks) continue;
       if (kAligned)
         blocks[k].store(out + k * kStep);
       else
