@@ -64,6 +64,10 @@ def noise_magnitude(
     check_choice("noise_on", noise_on, NOISE_ON)
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor, not {type(input_ids).__name__}")
+    if not isinstance(embedding_dim, (int, torch.SymInt)):
+        raise TypeError(f"embedding_dim must be an int, not {type(embedding_dim).__name__}")
     if input_ids.ndim == 0 or input_ids.numel() == 0:
         return 0.0
     if embedding_dim < 1:

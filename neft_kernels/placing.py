@@ -12,6 +12,7 @@ from neft_kernels import ops
 from neft_kernels.lookups import check_model, input_embeddings, is_plain, token_embeddings
 from neft_kernels.modules import AddNoise, NEFTuneEmbedding
 from neft_kernels.noise import HOOK_ATTRIBUTE, Noise, NoiseSettings
+from neft_kernels.sequences import NO_SEQUENCES
 from neft_kernels.watching import WatchSequences
 
 __all__ = ["FollowLookups", "noisy_modules", "place_noise", "remove_noise", "stop_following"]
@@ -87,6 +88,8 @@ class FollowLookups:
         if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
             return
         self.follow(model)
+        if self.settings.passes.sequences is not NO_SEQUENCES:
+            return  # the module around this one has warned
         had, self.had_other_noise = self.had_other_noise, HOOK_ATTRIBUTE in getattr(self.lookup, "__dict__", ())
         if self.had_other_noise and not had:
             for _, module, noise in _noisy(model):
@@ -100,7 +103,7 @@ class FollowLookups:
         self.lookup = lookup
         embeddings, note = token_embeddings(model)
         noisy = [module for _, module, _ in _noisy(model)]
-        if set(noisy) == set(embeddings):
+        if set(noisy) == set(embeddings) or not set(embeddings) <= set(model.modules()):
             return
         for module in noisy:
             remove_noise(module)

@@ -17,9 +17,12 @@ from neft_kernels import (
     NEFTuneEmbedding,
     add_noise,
     available_backends,
+    describe,
     noise_magnitude,
     noisy_embedding,
     replace_embeddings,
+    restore_embeddings,
+    set_alpha,
 )
 
 WEIGHT = torch.arange(20.0).view(5, 4)
@@ -139,6 +142,18 @@ BAD = {
     "module: scale_by": (lambda: NEFTuneEmbedding(5, 4, scale_by="x"), ValueError, "scale_by"),
     "module: stream": (lambda: NEFTuneEmbedding(5, 4, stream=-1), ValueError, "stream"),
     "module: stream too large": (lambda: NEFTuneEmbedding(5, 4, stream=2**32), ValueError, "stream.*4294967296"),
+    "module: stream is a float": (lambda: NEFTuneEmbedding(5, 4, stream=1.5), TypeError, "stream.*float"),
+    "module: stream is a boolean": (lambda: NEFTuneEmbedding(5, 4, stream=True), TypeError, "stream.*bool"),
+    "module: layout without group": (
+        lambda: NEFTuneEmbedding(5, 4, sequence_layout="head_tail"),
+        ValueError,
+        "sequence_layout='head_tail' needs a sequence_group",
+    ),
+    "magnitude of a list": (magnitude_of([1, 2]), TypeError, "input_ids.*list"),
+    "magnitude of a width in words": (magnitude_of(embedding_dim="8"), TypeError, "embedding_dim.*str"),
+    "describe: no module": (lambda: describe(None), TypeError, "model.*NoneType"),
+    "restore: no module": (lambda: restore_embeddings(None), TypeError, "model.*NoneType"),
+    "set_alpha: no module": (lambda: set_alpha(None, 5.0), TypeError, "model.*NoneType"),
     "module: backend": (lambda: NEFTuneEmbedding(5, 4, backend="x"), ValueError, "backend"),
     "module: max_norm": (lambda: NEFTuneEmbedding(5, 4, max_norm=1.0), ValueError, "max_norm"),
     "model is no module": (lambda: replace_embeddings("gpt2"), TypeError, "model.*str"),

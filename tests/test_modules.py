@@ -121,7 +121,7 @@ def test_what_describe_says_for_people():
     begin = (
         "(the model itself) (NEFTuneEmbedding): noise on; alpha=5 by sequence, fused on backend 'reference', stream 7; "
     )
-    assert str(describe(module)) == begin + "no batch with noise yet"
+    assert str(describe(module)) == begin + "no batch with noise yet (those of compiled models are not noted)"
     module(IDS)
     assert str(describe(module)) == begin + "last batch within +-1.02"  # 5 / sqrt(4 * 6)
     module(IDS, attention_mask=MASK)
@@ -129,7 +129,7 @@ def test_what_describe_says_for_people():
     module = nn.Sequential(embedding(noise_on="prompt", scale_by="batch")).eval()
     assert str(describe(module)) == (
         "0 (NEFTuneEmbedding): noise off: evaluation mode; alpha=5 by batch on the prompt, fused on backend 'cpu', "
-        "stream of this replica; no batch with noise yet"
+        "stream of this replica; no batch with noise yet (those of compiled models are not noted)"
     )
 
 

@@ -127,11 +127,18 @@ def test_available_backends_and_the_automatic_choice(caplog, monkeypatch):
     assert [record.message for record in caplog.records] == [f"backend 'cpu' for cpu tensors: {found['cpu'].detail}"]
 
 
-def test_without_the_extension_the_reference_is_chosen(monkeypatch):
+def test_without_the_extension_the_reference_is_chosen_with_a_warning(monkeypatch, caplog):
+    """It is slower than the hook that the package replaces. Who asks for it has asked for it."""
     monkeypatch.setattr(ops, "_chosen", {})
     monkeypatch.setattr(ops, "_cpu_extension", None)
     monkeypatch.setattr(ops, "_cpu_error", "not built")
-    assert ops.choose_backend("cpu") == "reference"
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        assert ops.choose_backend("cpu") == "reference"
+        assert ops.choose_backend("cpu") == "reference"
+        assert ops.choose_backend("cpu", "reference") == "reference"
+        assert ops.choose_backend("meta") == "reference"
+    (record,) = caplog.records
+    assert record.message == "backend 'reference' for cpu tensors: plain torch; slow; cpu: not built"
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run here \(not built"):
         ops.choose_backend("cpu", "cpu")
 
@@ -251,6 +258,18 @@ def test_switches_and_the_program_that_shows_the_choice(switches, expected):
     )
     assert run.returncode == 0, run.stderr
     assert re.search(expected, run.stdout), run.stdout
+
+
+def test_the_program_says_that_the_preferred_backend_cannot_run():
+    run = subprocess.run(
+        [sys.executable, "-m", "neft_kernels"],
+        env={**os.environ, "NEFT_KERNELS_BACKEND": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "NEFT_KERNELS_BACKEND=cuda names none that can run here" in run.stderr
+    assert "+ cpu" in run.stdout
 
 
 class _FunctionNames(TorchFunctionMode):

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from test_huggingface import batch, build, names
 
-from neft_kernels import describe, no_noise, replace_embeddings, set_alpha
+from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings, set_alpha
 from neft_kernels.placing import FollowLookups, noisy_modules
 
 TOKENS = TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2])
@@ -30,6 +30,30 @@ def hook_of(model):
         if isinstance(owner := getattr(hook, "__self__", None), FollowLookups)
     )
     return owner
+
+
+def test_what_has_a_forward_around_ours_works_on_when_restored():
+    """As accelerate puts it there, which calls the forward that it found."""
+    model = replace_embeddings(build("llama"))
+    embedding = model.get_input_embeddings()
+    forward = embedding.forward
+    embedding.forward = lambda *args: forward(*args)
+    plain = build("llama")
+    restore_embeddings(model)
+    assert names(model) == []
+    assert torch.equal(into_first_layer(model), into_first_layer(plain))
+    replace_embeddings(model, alpha=2.0)
+    assert not torch.equal(into_first_layer(model), into_first_layer(plain))
+    assert [report.alpha for report in describe(model)] == [2.0]
+
+
+def test_no_table_outside_of_the_model_is_touched():
+    model = replace_embeddings(build("llama"))
+    elsewhere = torch.nn.Embedding(50, 16)
+    model.get_input_embeddings = lambda: elsewhere
+    into_first_layer(model)
+    assert type(elsewhere) is torch.nn.Embedding
+    assert names(model) == ["model.embed_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -164,10 +164,36 @@ def test_a_handle_undoes_only_what_it_did():
     assert describe(network)[0].alpha == 50.0
 
 
+def test_patching_leaves_a_model_alone_that_is_noisy_already(caplog):
+    """As the callback does; and undoing what the Trainer did undoes nothing of the user's."""
+    network = replace_embeddings(model(), alpha=50.0)
+    with patch_transformers(), caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        handle = transformers.trainer.activate_neftune(network, 5.0)
+        assert "noisy already" in caplog.text
+        assert describe(network)[0].alpha == 50.0
+        transformers.trainer.deactivate_neftune(network, handle)
+    assert describe(network)[0].alpha == 50.0
+
+
+def test_patching_needs_a_transformers_that_can_be_patched(monkeypatch):
+    monkeypatch.delattr(transformers.trainer, "activate_neftune")
+    with pytest.raises(RuntimeError, match="needs transformers 5"):
+        patch_transformers()
+
+
 def test_patching_draws_nothing():
     state = torch.get_rng_state()
     patch_transformers().undo()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_alpha_of_0_is_off_however_it_came():
+    """To a compiled graph it is a number like others, once it has been set at run time; to people it is not."""
+    for network in (replace_embeddings(model(), alpha=0), replace_embeddings(model(), alpha=5.0)):
+        set_alpha(network, 0)
+        assert describe(network)[0].state == "off: alpha is 0"
+        set_alpha(network, 1.0)
+        assert describe(network)[0].state == "on"
 
 
 def test_bad_options_are_refused_at_once():
@@ -177,6 +203,10 @@ def test_bad_options_are_refused_at_once():
     with pytest.raises(TypeError, match="alfa"):
         patch_transformers(alfa=3)
     assert transformers.trainer.activate_neftune is before
+    with pytest.raises(ValueError, match="alpha"):
+        NEFTuneCallback(-3.0)
+    with pytest.raises(TypeError, match="alfa"):
+        NEFTuneCallback(alfa=3)
 
 
 def test_never_two_noises(tmp_path, caplog):
@@ -202,11 +232,13 @@ def test_never_two_noises(tmp_path, caplog):
         if order == "hook second":
             replace_embeddings(network, alpha=50.0)
         handle = neftune.activate_neftune(network, 5.0)
-        if order == "hook first":
-            caplog.clear()
-            with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+            if order == "hook first":
                 replace_embeddings(network, alpha=50.0)
-            assert "neftune_noise_alpha" in caplog.text
+            for _ in range(2):
+                network(torch.arange(9)[None])
+        assert caplog.text.count("neftune_noise_alpha") == 1, order
         embedding, ids = network.get_input_embeddings(), torch.arange(9)[None]
         noise = embedding(ids) - embedding.weight[ids]
         assert 0 < noise.abs().max() <= own_bound + 1e-5, order
@@ -312,13 +344,25 @@ def test_a_compiled_model_follows_set_alpha_without_compiling_again():
     assert counter.frame_count == 1
 
 
-def test_a_compiled_model_does_not_freeze_a_schedule():
-    """It cannot count; so what counts runs uncompiled, or, where that is not allowed, is an error."""
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_model_does_not_freeze_a_schedule(fullgraph):
+    """It cannot count, and says so; also where the embedding runs uncompiled, because the compiler gave up on it."""
     torch._dynamo.reset()
     network = replace_embeddings(model(), alpha=lambda step: 5.0 if step < 2 else 0.0)
     ids = torch.arange(3, 12)[None]
     with pytest.raises(Exception, match=r"set_alpha\(\.\.\., step="):
-        torch.compile(network, fullgraph=True, backend="eager")(ids)
+        torch.compile(network, fullgraph=fullgraph, backend="eager")(ids)
+
+
+def test_a_schedule_counts_on_in_a_model_that_is_compiled_in_part():
+    """The outermost module is not compiled, and so it counts; the embedding inside of the compiled part follows."""
+    torch._dynamo.reset()
+    network = replace_embeddings(model(), alpha=lambda step: 1.0 + step)
+    network.model.compile(backend="eager")
+    ids = torch.arange(3, 12)[None]
+    for step in range(3):
+        network(ids)
+        assert describe(network)[0].last_magnitude == pytest.approx(((1.0 + step) / (9 * D) ** 0.5,) * 2)
 
 
 def test_a_compiled_model_follows_a_schedule_whose_step_is_told():

@@ -1,10 +1,13 @@
 """Contract: what reaches an embedding is what the forward pass under way was told, by whomever, and nothing of another."""
 
 import copy
+import logging
 import threading
 
 import pytest
 import torch
+import transformers
+from test_huggingface import build
 from torch import nn
 
 from neft_kernels import describe, replace_embeddings, set_alpha
@@ -317,3 +320,21 @@ def test_a_compiled_module_tells_what_it_calls_outside_of_its_graph():
     assert last(model) == pytest.approx(BY_LENGTH)
     model(IDS)  # and nothing is left of it
     assert last(model) == pytest.approx((BY_LENGTH[0],) * 2)
+
+
+def test_a_cache_in_training_is_taken_for_generation_with_a_warning(caplog):
+    """Once; not with labels, nor where gradients are disabled, as they are when a model generates."""
+    model = replace_embeddings(build("llama"))
+
+    def cache():
+        return transformers.DynamicCache(config=model.config)
+
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        model(input_ids=IDS, past_key_values=cache(), labels=IDS)
+        with torch.no_grad():
+            model(input_ids=IDS, past_key_values=cache())
+        assert not caplog.records
+        for _ in range(2):
+            model(input_ids=IDS, past_key_values=cache())
+    (record,) = caplog.records
+    assert "a cache was passed to the model in training" in record.message
