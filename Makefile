@@ -82,7 +82,7 @@ EFFECT_PRESET ?= small
 effect: $(INSTALLED)  ## what the noise does to fine-tuned models, in small; goes on where it was; EFFECT_PRESET=gpu
 	$(BIN)/python benchmarks/effect.py --preset $(EFFECT_PRESET)
 
-plots: $(INSTALLED)  ## the README's tables, figures and pictures, from the records alone
+plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/, from the records alone
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/report_gpu.py
 	$(BIN)/python benchmarks/report_randomness.py

@@ -1,4 +1,4 @@
-"""What the experiment of ``effect.py`` says: the README's paragraph, table and picture, from the records alone.
+"""What the experiment of ``effect.py`` says: the page's paragraphs, table and picture, from the records alone.
 
 python benchmarks/effect_report.py [--preset gpu]
 """
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import records
 from effect_intervals import Interval, holm, paired_interval
 from effect_plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
-from report import README, write_section
+from report import DOCS, write_section
 
 NAME = "effect"
 SIGNIFICANT = 0.05
@@ -247,7 +247,7 @@ def table(results: Results) -> str:
 
 
 def section(results: Results, preset: str) -> str:
-    """The README's section."""
+    """The section of the page."""
     pretraining, settings, count = results.pretraining, results.settings, len(results.seeds)
     references = pretraining["references"]
     any_record = next(iter(results.runs.values()))
@@ -258,7 +258,7 @@ def section(results: Results, preset: str) -> str:
             f"A Llama of {pretraining['parameters'] / 1e6:.1f} million parameters, pretrained on the standard library's "
             f"source without docstrings, is tuned for {settings['epochs']} epochs on {settings['training_pairs']} questions "
             f"with its docstrings for answers: {seeds} for each condition. Hypotheses and decision rule were fixed "
-            "[before the first run](benchmarks/effect.py). Everything is measured without noise; what is called an effect is "
+            "[before the first run](../benchmarks/effect.py). Everything is measured without noise; what is called an effect is "
             "a difference to alpha 0, paired by seed, whose 95 % interval leaves out 0; for the held-out loss, also after "
             "Holm's correction.",
             "",
@@ -277,11 +277,11 @@ def section(results: Results, preset: str) -> str:
             f"{100 * references['repeated_4grams']:.1f} % repeated 4-grams, {100 * references['leaked_8grams']:.1f} % of "
             f"their 8-grams in the answers to train on. The embeddings' standard deviation after pretraining is "
             f"{pretraining['embedding_std']:.3f}. {any_record['device']}, commit {any_record['commit']}; `make effect` "
-            "repeats it, [the records](benchmarks/results/effect.jsonl) hold each run.",
+            "repeats it, [the records](../benchmarks/results/effect.jsonl) hold each run.",
             "",
             "</details>",
             "",
-            "![Differences to no noise, by alpha](benchmarks/results/effect.png)",
+            "![Differences to no noise, by alpha](../benchmarks/results/effect.png)",
         ]
     )
 
@@ -325,10 +325,10 @@ def plot(results: Results, to: Path) -> None:
     plt.close(figure)
 
 
-def main(preset: str = "small", readme: Path = README) -> None:
+def main(preset: str = "small", page: Path = DOCS / "effect.md") -> None:
     results = Results(preset)
     plot(results, records.RESULTS / f"{NAME}.png")
-    write_section(readme, NAME, section(results, preset))
+    write_section(page, NAME, section(results, preset))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from records import load
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+DOCS = HERE.parent / "docs"
 RESULTS = HERE / "results"
 IN_TABLE = (
     "32000 x 4096, 2048 tokens, float32",
@@ -51,14 +52,15 @@ def table(records: dict[str, dict[str, Any]]) -> str:
             f"| {shape} | {times} | {median['ours'] / median['plain']:.2f} | {median['hook'] / median['ours']:.1f} |"
         )
     any_record = records[IN_TABLE[0]]
-    rows.append("")
-    rows.append(
+    remarks = (
         f"Milliseconds, medians of interleaved runs; {any_record['device']}, {any_record['threads']} threads, torch "
         f"{any_record['torch']}, commit {any_record['commit']}. Verified bit for bit before they were timed; `make bench` "
-        "repeats them, [the records](benchmarks/results/cpu_forward.jsonl) hold the spread. Outputs of 32 MB and more ask "
-        "the kernel for huge pages: where it has some to give, they are faster than plain ones."
+        "repeats them, [the records](benchmarks/results/cpu_forward.jsonl) hold the spread.",
+        "Outputs of 32 MB and more ask the kernel for huge pages: where it has some to give, they are faster than plain ones.",
+        *memory(any_record),
+        *elsewhere(any_record["device"]),
     )
-    rows[-1] = " ".join([rows[-1], *memory(any_record), *elsewhere(any_record["device"])])
+    rows += ["", *(f"- {remark}" for remark in remarks)]
     rows += ["", "![Time of one forward pass by tokens, width and vocabulary](benchmarks/results/cpu_forward.png)"]
     return "\n".join(rows)
 

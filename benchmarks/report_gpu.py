@@ -23,10 +23,7 @@ IN_TABLE = (
     "151936 x 2048, 65536 tokens, bfloat16",
 )
 PLOTTED = "32000 x 4096"
-NOT_MEASURED = (
-    "No figure measured on a GPU stands here yet. [Without a GPU](#without-a-gpu) says what is known of the kernels all the "
-    "same; `make gpu` is what runs and measures them."
-)
+NOT_MEASURED = "Nothing was measured on a GPU yet: `make gpu` does it. [What is known without one](docs/gpu.md)."
 
 
 def newest(distribution: str) -> dict[str, Record]:

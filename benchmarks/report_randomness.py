@@ -1,4 +1,4 @@
-"""Draws the README's section on randomness and its pictures from the records alone: the newest of each kind.
+"""Draws the page on randomness and its pictures from the records alone: the newest of each kind.
 
 python benchmarks/report_randomness.py
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from report import README, RESULTS, write_section
+from report import DOCS, RESULTS, write_section
 from scipy import stats
 
 TYPES = {"float32": "#1f6feb", "float64": "#6cb4ee", "float16": "#2a9d8f", "bfloat16": "#264653"}
@@ -150,7 +150,7 @@ def about_tests(records: dict[str, Record]) -> str:
     uncaught = ", ".join(name for name, record in checks.items() if not record["rejected"])
     return (
         f"`make randomness` puts {len(results)} tests to what the fused op returns, by a "
-        "[plan](benchmarks/randomness_plan.py) that is fixed before it looks: distribution, moments, correlation along "
+        "[plan](../benchmarks/randomness_plan.py) that is fixed before it looks: distribution, moments, correlation along "
         "columns, across tokens and at any shift of both, the two-dimensional spectrum, and what neighbouring seeds, streams "
         f"and steps, and tokens 2^32 apart, have in common. For each element type that is {elements / 1e6:.0f} million "
         f"elements, and {pairs / 1e6:.0f} million pairs of related ones. At a family-wise level "
@@ -223,13 +223,13 @@ def main() -> None:
     paragraphs = [
         about_tests(records),
         *([about_battery(records["battery"], records.get("battery control"))] if "battery" in records else []),
-        "![All p-values, the spectrum and the correlations](benchmarks/results/randomness.png)",
+        "![All p-values, the spectrum and the correlations](../benchmarks/results/randomness.png)",
         about_rounding(records["rounding"]),
-        "![What is left of the noise after rounding](benchmarks/results/rounding.png)",
+        "![What is left of the noise after rounding](../benchmarks/results/rounding.png)",
         f"Measured on {tests['device']}, torch {tests['torch']}, commit {tests['commit']}; "
-        "[the records](benchmarks/results/randomness.jsonl) hold every p-value.",
+        "[the records](../benchmarks/results/randomness.jsonl) hold every p-value.",
     ]
-    write_section(README, "randomness", "\n\n".join(paragraphs))
+    write_section(DOCS / "randomness.md", "randomness", "\n\n".join(paragraphs))
 
 
 if __name__ == "__main__":

@@ -170,6 +170,14 @@ def compiled(source_distribution, tmp_path_factory):
     return only_wheel(build(source_distribution, out, "--no-build-isolation", NEFT_KERNELS_BUILD="1"), out)
 
 
+def test_the_source_distribution_has_what_its_readme_and_its_tests_name(source_distribution):
+    readme = (source_distribution / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", readme)
+    assert len(links) > 5
+    for name in (*links, "Makefile", "tools/check_gpu.py", "benchmarks/report.py", "examples/instruction_tuning.py"):
+        assert (source_distribution / name).exists(), name
+
+
 def test_a_build_without_torch_is_pure_python_and_works(source, tmp_path):
     """pip builds in isolation, with what pyproject.toml names: setuptools, and no torch."""
     wheel = only_wheel(build(source, tmp_path / "out"), tmp_path / "out")
