@@ -258,8 +258,8 @@ def section(results: Results, preset: str) -> str:
             f"A Llama of {pretraining['parameters'] / 1e6:.1f} million parameters, pretrained on the standard library's "
             f"source without docstrings, is tuned for {settings['epochs']} epochs on {settings['training_pairs']} questions "
             f"with its docstrings for answers: {seeds} for each condition. Hypotheses and decision rule were fixed "
-            "[before the first run](../benchmarks/effect.py). Everything is measured without noise; what is called an effect is "
-            "a difference to alpha 0, paired by seed, whose 95 % interval leaves out 0; for the held-out loss, also after "
+            "[before the first run](../benchmarks/effect.py). Everything is measured without noise; what is called an effect "
+            "is a difference to alpha 0, paired by seed, whose 95 % interval leaves out 0; for the held-out loss, also after "
             "Holm's correction.",
             "",
             findings(results),

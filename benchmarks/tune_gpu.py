@@ -35,7 +35,7 @@ SHAPES = (
 TILES = (128, 256, 512, 1024, 2048)  # vectors of 16 bytes
 WARPS = (1, 2, 4, 8)
 VECTORS_OF_THREAD = range(1, 17)
-REGISTERS = (None, 64, 96)  # the most that a thread may have; None: ptxas decides
+REGISTERS = (None, 64, 80)  # the most that a thread may have; None: ptxas decides
 CHECKED_TOKENS = 512  # the first ones, against the reference
 
 Tile = tuple[int, int, int | None]  # vectors, warps, registers

@@ -5,7 +5,7 @@ module, its name, its hooks, its parameters and their ties stay what they are. A
 quantised ...) keeps its own forward, and a forward hook adds the noise to what it returns.
 
 The lengths of the sequences reach the embedding through hooks on the modules around it, which note the masks and positions
-they are called with. Where adapters are put around embeddings later on, the noise follows.
+they are called with.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import nn
 from neft_kernels import ops
 from neft_kernels.lookups import check_model, is_encoder_decoder, token_embeddings
 from neft_kernels.noise import NoiseSettings
-from neft_kernels.placing import FollowLookups, noisy_modules, place_noise, remove_noise, stop_following
+from neft_kernels.placing import noisy_modules, place_noise, remove_noise
 from neft_kernels.watching import WatchSequences, modules_to_watch
 
 if TYPE_CHECKING:
@@ -85,9 +85,6 @@ def replace_embeddings(
     if note:
         ops.logger.warning("%s: %s", type(model).__name__, note)
     for module in modules_to_watch(model, embeddings):
-        FollowLookups(settings, module).attach(
-            module
-        )  # of the model, and of those in it, which adapters are merged into
         WatchSequences(settings, module).attach(module)
     return model
 
@@ -97,7 +94,6 @@ def restore_embeddings(model: Model) -> Model:
     check_model(model)
     for module in model.modules():
         remove_noise(module)
-        stop_following(module)
     return model
 
 

@@ -101,7 +101,7 @@ class NEFTuneEmbedding(nn.Embedding):
                 :func:`neft_kernels.replace_embeddings` made it noisy.
         """
         noise = self.noise
-        if noise is None or input.ndim == 0 or noise.state(self) != "on":
+        if noise is None or input.ndim == 0 or not noise.is_on(self):
             return super().forward(input)
         weight = self.weight
         if not torch.compiler.is_compiling():
@@ -148,7 +148,7 @@ class AddNoise:
         """The output with its noise."""
         noise = self.noise
         embeds = output[0] if isinstance(output, tuple) else output  # [..., L, D]
-        if embeds.ndim < 2 or noise.state(module) != "on":
+        if embeds.ndim < 2 or not noise.is_on(module):
             return output
         if is_dtensor(embeds):
             noisy = add_to_whole(embeds, lambda whole: _add_noise(noise, whole, whole[..., 0], groups=self._groups))

@@ -123,6 +123,8 @@ class Noise:
     standing_note: str = ""
     #: Whether the table was spread over ranks in that pass, and not merely between passes, as FSDP has it.
     table_was_spread: bool | None = None
+    #: Of the Hugging Face hook.
+    has_warned: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_magnitude": None, "told": None}
@@ -144,6 +146,22 @@ class Noise:
             return "off: reentrant checkpointing recomputes a pass that had gradients disabled, and so no noise"
         # Once alpha has been set at run time, compiled graphs must not depend on its value.
         return "off: alpha is 0" if settings.alpha_tensor is None and settings.alpha == 0 else "on"
+
+    def is_on(self, module: nn.Module) -> bool:
+        """Whether the forward pass of `module` that begins has noise."""
+        self.settings.passes.reach()
+        self.warn_of_other_noise(module)
+        return self.state(module) == "on"
+
+    def warn_of_other_noise(self, module: nn.Module) -> None:
+        """Says, once, that this noise steps aside for that of the Hugging Face hook."""
+        if HOOK_ATTRIBUTE in module.__dict__ and not self.has_warned and not torch.compiler.is_compiling():
+            self.has_warned = True
+            ops.logger.warning(
+                "%s: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise, so ours is off; "
+                "to use neft_kernels instead, unset it",
+                self.name,
+            )
 
     def part_of(self, tokens: Tensor) -> Part | None:
         """The part that `tokens` ``[..., L]`` are of their sequences; None: the whole."""

@@ -13,6 +13,9 @@ from neft_kernels.placing import noisy_modules
 __all__ = ["EmbeddingReport", "Report", "describe"]
 
 
+MISSED = "the last pass in training reached no noisy embedding"
+
+
 @dataclass(frozen=True)
 class EmbeddingReport:
     """One noisy embedding, as :func:`describe` found it."""
@@ -73,7 +76,7 @@ def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
         backend=ops.choose_backend(device, settings.backend),
         state=_state(module, noise),
         last_magnitude=noise.bounds(),
-        note="; ".join(filter(None, (noise.standing_note, noise.note))),
+        note="; ".join(filter(None, (noise.standing_note, noise.note, MISSED if settings.passes.missed else ""))),
     )
 
 

@@ -84,6 +84,7 @@ class _Pass:
     owner: object
     outside: "_Pass | None"
     traced: bool  # by a compiler: in the graph's own passes, of whatever thread
+    reached_before: int | None  # how often embeddings had been reached when it began; None: it need not reach any
 
 
 class Passes:
@@ -93,6 +94,10 @@ class Passes:
         self._of_thread: dict[int, _Pass] = {}
         # Of the last one that began, in whatever thread: a compiled graph cannot tell threads apart.
         self._last: _Pass | None = None
+        #: How often noisy embeddings have been reached, and whether one was inside of a graph, which cannot count.
+        self._reached, self._reached_in_graph = 0, False
+        #: Whether the last pass that had to reach a noisy embedding reached none.
+        self.missed = False
 
     @property
     def sequences(self) -> Sequences:
@@ -108,17 +113,30 @@ class Passes:
             outermost = outermost.outside
         return outermost is not None and outermost.traced
 
-    def begin(self, owner: object, sequences: Sequences) -> None:
-        """`owner` begins a pass, inside those that have begun and not ended."""
-        self._set(_Pass(sequences, owner, self._innermost(), torch.compiler.is_compiling()))
+    def reach(self) -> None:
+        """A noisy embedding begins its pass."""
+        if torch.compiler.is_compiling():
+            self._reached_in_graph = True
+        else:
+            self._reached += 1
 
-    def end(self, owner: object) -> None:
-        """The innermost pass of `owner` ends, and with it all that are inside of it."""
+    def begin(self, owner: object, sequences: Sequences, must_reach: bool = False) -> None:
+        """`owner` begins a pass, inside those that have begun and not ended; whether it must reach a noisy embedding."""
+        reached = self._reached if must_reach else None
+        self._set(_Pass(sequences, owner, self._innermost(), torch.compiler.is_compiling(), reached))
+
+    def end(self, owner: object) -> bool:
+        """The innermost pass of `owner` ends, and with it all inside of it. Whether it missed what it had to reach."""
         innermost = self._innermost()
         while innermost is not None and innermost.owner is not owner:
             innermost = innermost.outside
-        if innermost is not None:
-            self._set(innermost.outside)
+        if innermost is None:
+            return False
+        self._set(innermost.outside)
+        if innermost.reached_before is None:
+            return False
+        self.missed = innermost.reached_before == self._reached and not self._reached_in_graph
+        return self.missed
 
     def _innermost(self) -> _Pass | None:
         last = self._last

@@ -25,7 +25,7 @@ __all__ = ["add_noise", "noisy_embedding"]
 TILE_VECTORS = 512
 NUM_WARPS = 4
 # Of a thread. With no bound ptxas saves registers: it loads three of the four vectors only once the first one is done.
-MAX_REGISTERS = 64
+MAX_REGISTERS = 80
 _MAX_GRID_Y = 65535
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

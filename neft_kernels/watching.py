@@ -37,7 +37,7 @@ class WatchSequences:
 
     def __init__(self, settings: NoiseSettings, module: nn.Module) -> None:
         self.settings = settings
-        self.has_warned = False
+        self.warned: set[str] = set()
         self.parameters = _parameters_of_forward(module)
         self.positional = _parameters_of_forward(module, positional=True)
 
@@ -74,17 +74,30 @@ class WatchSequences:
         # A cache that the model fills and passes on within itself is none; nor is there generation with labels, whatever
         # the cache is for: prefix tuning passes its prefix as one.
         has_cache = outside.is_empty and any(given.get(name) is not None for name in _CACHES)
-        passes.begin(self, replace(inside, generating=outside.generating or (has_cache and inside.labels is None)))
+        inside = replace(inside, generating=outside.generating or (has_cache and inside.labels is None))
         # A compiled graph would be tied to the count of one pass, and a pass that is recomputed has been counted.
         is_repeated = torch.compiler.is_compiling() or is_recomputed()
-        if outside is NO_SEQUENCES and module.training and torch.is_grad_enabled() and not is_repeated:
-            self.settings.count_pass()
-            if passes.sequences.generating and not self.has_warned:
-                logger.warning("a cache was passed to the model in training: taken for generation, which gets no noise")
-                self.has_warned = True
+        if outside is not NO_SEQUENCES or not module.training or not torch.is_grad_enabled() or is_repeated:
+            passes.begin(self, inside)
+            return
+        self.settings.count_pass()
+        if inside.generating:
+            self._warn("a cache was passed to the model in training: taken for generation, which gets no noise")
+        has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
+        must_reach = input_ids is not None and input_ids.ndim > 0 and not has_embeds and not inside.generating
+        passes.begin(self, inside, must_reach)
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.settings.passes.end(self)
+        if self.settings.passes.end(self) and output is not None:  # None: it failed
+            self._warn(
+                "the model's pass in training reached no noisy embedding, so there is no noise: something put on since, as an "
+                "adapter is, looks tokens up past it; call replace_embeddings() again"
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message)
 
 
 def modules_to_watch(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:

@@ -123,6 +123,10 @@ BAD = {
     "needs 90 registers": (GOOD_SASS, GOOD_USAGE.replace("REG:40", "REG:90")),
     "loads rows": (GOOD_SASS.replace("LDG.E.128", "LDG.E.64"), GOOD_USAGE),
     "uses what it loads with 3 of 4": (GOOD_SASS.replace("R24,", "R24, R15,"), GOOD_USAGE),
+    "uses what it loads with 1 of 4": (
+        GOOD_SASS.replace("R12, desc[UR4][R2.64+0x800] ;", "R12, desc[UR4][R2.64] ; /*0061*/ DEPBAR.LE SB0, 0x0 ;"),
+        GOOD_USAGE,
+    ),
     "stores rows": (GOOD_SASS + "/*0070*/ STG.E.U16 desc[UR4][R2.64], R4 ;", GOOD_USAGE),
     "multiplies": (GOOD_SASS + 110 * "/*0070*/ IMAD.HI.U32 R2, R4, R5, RZ ;\n", GOOD_USAGE),
 }
@@ -138,14 +142,14 @@ def test_good_machine_code(tool):
         1,
         9,
     )
-    assert not list(check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 72, 25))
+    assert not list(check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 80, 25))
 
 
 @pytest.mark.parametrize("sentence", BAD)
 def test_each_guard_alone(tool, sentence):
     check_gpu, machine_code = tool
     code = machine_code.from_sass(*BAD[sentence])
-    (complaint,) = check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 72, 25)
+    (complaint,) = check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 80, 25)
     assert sentence in complaint
 
 
@@ -166,3 +170,25 @@ def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
     rows, vectors, grid = triton_backend._tile(embedding_dim, element_size)
     assert (rows, vectors, grid) == expected
     assert rows * vectors == triton_backend.TILE_VECTORS
+
+
+AMDGCN = """
+	buffer_load_dwordx4 v[4:7], v14, s[4:7], 0 offen
+	{}
+	buffer_load_dwordx4 a[0:3], v15, s[4:7], 0 offen
+	v_add_f32 v5, v5, v1
+	.vgpr_count: 20
+	.vgpr_spill_count: 0
+	.sgpr_spill_count: 0
+	.private_segment_fixed_size: 0
+	.group_segment_fixed_size: 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [("v_mov_b32 v8, v9", 2), ("s_waitcnt vmcnt(0)", 1), ("s_waitcnt lgkmcnt(0)", 2), ("v_mov_b32 v8, v7", 1)],
+)
+def test_loads_under_way_on_amd(tool, between, expected):
+    _, machine_code = tool
+    assert machine_code.from_amdgcn(AMDGCN.format(between), "").loads_in_flight == expected

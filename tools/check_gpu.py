@@ -1,6 +1,6 @@
 """Compiles every GPU kernel for every GPU that it is meant for, and looks at the machine code. Needs no GPU.
 
-    python tools/check_gpu.py            about three minutes on two processors
+    python tools/check_gpu.py            about five minutes on two processors
     python tools/check_gpu.py --quick    two GPUs, fewer element types
 
 Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
@@ -38,8 +38,14 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 QUICK_DTYPES = ("float64", "bfloat16")
 CUDA_DTYPES = {"Fp32": "float32", "Fp64": "float64", "Fp16": "float16", "Bf16": "bfloat16"}
 
+# Of Triton's kernels, whose tiles are one row of 512 vectors, four rows of 128, and sixteen rows of 32.
+WIDTHS = {
+    "bfloat16": (4096, 1024, 768),
+    "float16": (4096, 1024, 768),
+    "float32": (4096, 512, 384),
+    "float64": (4096, 256, 192),
+}
 BYTES_PER_WARP_LANE = 64  # of a row, as the kernels divide the work; a wavefront of AMD has twice the lanes
-OTHER_LOADS = 3  # the seed, and for one row its id and its magnitude
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class Kernel:
     @property
     def row_vectors(self) -> int:
         return BYTES_PER_WARP_LANE // 16 // (2 if self.target.startswith("gfx") else 1)
+
+    @property
+    def other_loads(self) -> int:
+        """The seed, and the id and the magnitude of each row that a thread may have to do with."""
+        return 1 + 2 * self.row_vectors
 
     @property
     def philox_calls(self) -> int:
@@ -82,7 +93,7 @@ def complaints(kernel: Kernel, max_registers: int, max_multiplies: float) -> Ite
         yield f"uses {code.shared_bytes} bytes of shared memory, so data moves between threads"
     if code.registers > max_registers:
         yield f"needs {code.registers} registers, more than {max_registers}"
-    if code.loads[128] != kernel.row_vectors or sum(code.loads.values()) - code.loads[128] > OTHER_LOADS:
+    if code.loads[128] != kernel.row_vectors or sum(code.loads.values()) - code.loads[128] > kernel.other_loads:
         yield f"loads rows not in {kernel.row_vectors} times 16 bytes, but by bits: {widths(code.loads)}"
     elif code.loads_in_flight < kernel.row_vectors:
         yield f"uses what it loads with {code.loads_in_flight} of {kernel.row_vectors} loads of 16 bytes under way"
@@ -167,14 +178,14 @@ def check_triton(target_name: str, dtype_name: str, width: int, options: dict[st
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, rows, *noise)
     # Where no vector fits; and where a row is narrower than one.
-    for variant, odd in (("unaligned", rows[:, 1 : width - 1 : 2]), ("unaligned, width 1", rows[:, :1].contiguous())):
+    for variant, odd in (("unaligned", rows[:, 1 : width - 1 : 2]), ("unaligned column", rows[:, :1].contiguous())):
         launches["add_noise", variant] = partial(triton_backend.add_noise, odd, *noise)
         launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, odd, *noise)
 
     kernels = []
     for (op, variant), launch in launches.items():
         (code,) = machine_code(target_name, launch, options)
-        kernels.append(Kernel(target_name, "triton", op, dtype_name, variant, code))
+        kernels.append(Kernel(target_name, "triton", op, dtype_name, f"{variant}, width {rows.shape[1]}", code))
     return kernels
 
 
@@ -286,11 +297,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="likewise, of Triton's kernels")
     parser.add_argument("--no-nvcc", action="store_true", help="leave the CUDA kernels out")
     parser.add_argument("--no-triton", action="store_true", help="leave the Triton kernels out")
-    # 64 registers leave room for 32 warps on a multiprocessor, so for 64 KB of loads in flight.
-    parser.add_argument("--max-registers", type=int, default=64)
+    # 80 registers leave room for 24 warps on a multiprocessor, so for 48 KB of loads in flight.
+    parser.add_argument("--max-registers", type=int, default=80)
     # Philox is 20 wide multiplications, and a few address the rows.
     parser.add_argument("--max-multiplies", type=float, default=25, help="for one call of Philox")
-    parser.add_argument("--width", type=int, default=4096, help="embedding width that Triton's kernels are launched on")
+    parser.add_argument(
+        "--width", type=int, action="append", help="of the embeddings, instead of those of several tiles"
+    )
     parser.add_argument("--triton-option", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--nvcc-flag", action="append", default=[], metavar="FLAG")
     return parser.parse_args()
@@ -314,9 +327,10 @@ def main() -> None:
             problems.append("nvcc is not on the PATH, so the CUDA kernels WERE NOT CHECKED (--no-nvcc leaves them out)")
         if not options.no_triton:
             jobs += [
-                pool.submit(check_triton, target, dtype, options.width, triton_options)
+                pool.submit(check_triton, target, dtype, width, triton_options)
                 for target in targets
                 for dtype in dtypes
+                for width in options.width or WIDTHS[dtype][:: 2 if options.quick else 1]
             ]
             magnitudes = [pool.submit(check_magnitude, target) for target in targets]
             problems += [problem for job in magnitudes for problem in job.result()]

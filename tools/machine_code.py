@@ -89,15 +89,18 @@ def from_sass(sass: str, resource_usage: str) -> MachineCode:
     """From what ``cuobjdump -sass`` and ``cuobjdump --dump-resource-usage`` print of one function."""
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", resource_usage)}
     code = MachineCode(used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"])
-    named = []
+    named: list[tuple[bool, list[str]]] = []
+    has_waited = False
     for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;/]*?)\s*;", sass):
         opcode = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
         name = opcode.split(".")[0]
         if name == "NOP":
             continue
         code.instructions += 1
+        has_waited |= name == "DEPBAR" and any(is_load for is_load, _ in named)
         code.multiplies += name == "IMAD" and ("WIDE" in opcode or "HI" in opcode)
-        named.append((name in ("LDG", "LD") and _width(opcode) == 128, re.findall(r"\bR\d+", instruction)))
+        if not has_waited:
+            named.append((name in ("LDG", "LD") and _width(opcode) == 128, re.findall(r"\bR\d+", instruction)))
         if name in ("LDG", "LD"):
             code.loads[_width(opcode)] += 1
         elif name in ("STG", "ST"):
@@ -122,7 +125,9 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
 
     spills = 4 * (of("vgpr_spill_count") + of("sgpr_spill_count")) + of("private_segment_fixed_size")
     code = MachineCode(of("vgpr_count"), spills, of("group_segment_fixed_size"))
-    fused, named = [], []
+    fused = []
+    named: list[tuple[bool, list[str]]] = []
+    has_waited = False
     for instruction in re.findall(r"^\s+((?:v|s|ds|buffer|global|flat)_[^;\n]*)", assembly, re.MULTILINE):
         code.instructions += 1
         opcode = instruction.split()[0]
@@ -130,7 +135,9 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
         if memory := _AMDGCN_MEMORY.match(opcode):
             (code.loads if memory[1] == "load" else code.stores)[_AMDGCN_BITS[memory[2].split("_")[0]]] += 1
         is_vector = bool(memory) and memory[0].endswith("load_dwordx4")  # type: ignore[index]
-        named.append((is_vector, re.findall(r"\bv(?:\d+|\[\d+:\d+\])", instruction)))
+        has_waited |= opcode == "s_waitcnt" and "vmcnt" in instruction and any(is_load for is_load, _ in named)
+        if not has_waited:
+            named.append((is_vector, re.findall(r"\b[va](?:\d+|\[\d+:\d+\])", instruction)))
         if (operation := _FUSED_AMDGCN.match(opcode)) and not _SUM_AMDGCN.match(instruction):
             fused += [instruction] * (2 if operation[1] else 1)
         if opcode.startswith(("buffer_wbl2", "buffer_inv", "buffer_wbinvl1")):
