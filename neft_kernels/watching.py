@@ -84,7 +84,7 @@ class WatchSequences:
         if inside.generating:
             self._warn("a cache was passed to the model in training: taken for generation, which gets no noise")
         has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
-        must_reach = input_ids is not None and input_ids.ndim > 0 and not has_embeds and not inside.generating
+        must_reach = input_ids is not None and input_ids.ndim > 0 and not has_embeds
         passes.begin(self, inside, must_reach)
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:

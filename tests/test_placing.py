@@ -90,6 +90,24 @@ def test_passes_that_need_not_reach_an_embedding_raise_no_alarm(name, caplog):
     assert MISSED not in caplog.text
 
 
+class Either(torch.nn.Module):
+    """Takes embeddings beside the ids, as models of pictures do, and then looks nothing up."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(8, 4)
+
+    def forward(self, input_ids, inputs_embeds=None):
+        return self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def test_embeddings_given_beside_the_ids_raise_no_alarm(caplog):
+    model, ids = replace_embeddings(Either()), torch.arange(6)[None]
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        model(ids, inputs_embeds=model(ids))
+    assert MISSED not in caplog.text
+
+
 @pytest.mark.parametrize("part", ["model", "model.embed_tokens", ""])
 def test_what_is_compiled_raises_no_alarm(part, caplog):
     torch._dynamo.reset()
