@@ -4,15 +4,16 @@ Importing this module imports transformers.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from neft_kernels.huggingface import replace_embeddings, restore_embeddings, set_alpha
+from neft_kernels.noise import NoiseSettings
 from neft_kernels.ops import logger
 from neft_kernels.placing import noisy_modules
 
@@ -159,8 +160,9 @@ class patch_transformers:
 
 
 def _check_options(alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
-    """Raises what replace_embeddings() would raise later."""
-    _Replacement(nn.Embedding(1, 1, _weight=torch.zeros(1, 1)), alpha, options).remove()
+    """Raises what replace_embeddings() would raise later, whatever the model."""
+    inspect.signature(replace_embeddings).bind(None, alpha, **options)
+    NoiseSettings(alpha, **options)
 
 
 def _unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:

@@ -207,6 +207,10 @@ def test_bad_options_are_refused_at_once():
         NEFTuneCallback(-3.0)
     with pytest.raises(TypeError, match="alfa"):
         NEFTuneCallback(alfa=3)
+    with pytest.raises(TypeError, match="enabled"):
+        NEFTuneCallback(enabled=False)
+    NEFTuneCallback(backend="cuda")  # where the model will be is not known yet
+    patch_transformers(backend="cuda").undo()
 
 
 def test_never_two_noises(tmp_path, caplog):
