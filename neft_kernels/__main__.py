@@ -1,12 +1,12 @@
 """``python -m neft_kernels``: what can run here, which backend is chosen for which device, and why not the others."""
 
-import os
 import platform
 import sys
 
 import torch
 
 import neft_kernels
+from neft_kernels import ops
 
 
 def main() -> int:
@@ -16,8 +16,8 @@ def main() -> int:
         mark = "+" if backend.devices else "-"
         chosen = f", chosen for {', '.join(backend.chosen_for)} tensors" if backend.chosen_for else ""
         print(f"  {mark} {backend.name:<10} {backend.detail}{chosen}")
-    preferred = os.environ.get("NEFT_KERNELS_BACKEND")
-    if preferred and preferred not in {backend.name for backend in found if backend.devices}:
+    preferred = ops._PREFERRED_BACKEND
+    if preferred is not None and preferred not in {backend.name for backend in found if backend.devices}:
         print(f"NEFT_KERNELS_BACKEND={preferred} names none that can run here", file=sys.stderr)
         return 1
     return 0
