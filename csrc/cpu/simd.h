@@ -61,6 +61,13 @@ NEFT_FUNCTION Doubles widen_half(Floats floats, int half) {
   const auto* bytes = reinterpret_cast<const char*>(&floats);
   return __builtin_convertvector(load<HalfFloats>(bytes + half * sizeof(HalfFloats)), Doubles);
 }
+NEFT_FUNCTION Floats narrow(const Doubles (&halves)[2]) {
+  Floats floats;
+  auto* bytes = reinterpret_cast<char*>(&floats);
+  for (int half = 0; half < 2; ++half)
+    store(bytes + half * sizeof(HalfFloats), __builtin_convertvector(halves[half], HalfFloats));
+  return floats;
+}
 NEFT_FUNCTION Words widen(HalfWords halves) { return __builtin_convertvector(halves, Words); }
 
 #if NEFT_LANES == 16
