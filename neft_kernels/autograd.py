@@ -11,6 +11,31 @@ from neft_kernels import ops
 __all__ = ["NoisyEmbedding", "add_noise", "noisy_embedding"]
 
 
+def _embedding_grad(
+    op: Callable[..., Tensor],  # of the forward
+    grad: Tensor,  # [..., D]
+    input_ids: Tensor,  # [...]
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:  # [V, D]
+    """The gradient of the table: that of the CPU's kernel where the forward was, else PyTorch's."""
+    if op is ops.OVERLOADS["noisy_embedding"]["cpu"] and not sparse and not _is_transformed(grad):
+        kernel = ops.OVERLOADS["embedding_grad"]["cpu"]
+        return kernel(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq)
+    return torch.ops.aten.embedding_backward(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq, sparse)
+
+
+def _is_transformed(grad: Tensor) -> bool:
+    """Whether `grad` is differentiated or vectorized itself, or a subclass, for all of which PyTorch has rules."""
+    if type(grad) is not Tensor or (grad.requires_grad and torch.is_grad_enabled()):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 class _NoisyEmbedding(torch.autograd.Function):
     """:class:`NoisyEmbedding` without what torch.func and forward-mode differentiation need.
 
@@ -27,13 +52,13 @@ class _NoisyEmbedding(torch.autograd.Function):
         *noise: Any,
     ) -> Tensor:  # [..., D]
         ctx.save_for_backward(input_ids)
-        ctx.num_embeddings, ctx.options = weight.shape[0], options
+        ctx.op, ctx.num_embeddings, ctx.options = op, weight.shape[0], options
         return op(input_ids, weight, *noise)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (input_ids,) = ctx.saved_tensors
-        grad_weight = torch.ops.aten.embedding_backward(grad, input_ids, ctx.num_embeddings, *ctx.options)
+        grad_weight = _embedding_grad(ctx.op, grad, input_ids, ctx.num_embeddings, *ctx.options)
         return None, None, None, grad_weight, *(None,) * NOISE_ARGUMENTS
 
 
@@ -56,7 +81,7 @@ class NoisyEmbedding(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.options, input_ids, weight, *_ = inputs
+        ctx.op, ctx.options, input_ids, weight, *_ = inputs
         ctx.save_for_backward(input_ids)
         ctx.save_for_forward(input_ids)
         ctx.num_embeddings = weight.shape[0]

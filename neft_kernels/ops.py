@@ -62,6 +62,10 @@ def _fake_token_magnitude(attention_mask: Tensor | None, position_ids: Tensor | 
     return given.new_empty(given.shape, dtype=torch.float32)
 
 
+def _fake_embedding_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, *_: Any) -> Tensor:
+    return grad.new_empty((num_embeddings, grad.shape[-1]))
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {"noisy_embedding": _fake_noisy_embedding, "add_noise": _fake_add_noise}
 
 
@@ -107,6 +111,14 @@ for _backend in MAGNITUDE_BACKENDS:
     torch.library.register_fake(f"neft_kernels::token_magnitude.{_backend}", _fake_token_magnitude, lib=_library)
 _library.impl("token_magnitude.triton", _token_magnitude, "CompositeExplicitAutograd")
 
+# The gradient with respect to the weight, on the CPU; the other backends use PyTorch's.
+_library.define(
+    "embedding_grad.cpu(Tensor grad, Tensor input_ids, SymInt num_embeddings, int padding_idx, "
+    "bool scale_grad_by_freq) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake("neft_kernels::embedding_grad.cpu", _fake_embedding_grad, lib=_library)
+
 for _op, _schema in _SCHEMAS.items():
     for _backend in BACKENDS:
         _library.define(f"{_op}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -129,6 +141,7 @@ OVERLOADS: dict[str, dict[str, Any]] = {
 OVERLOADS["token_magnitude"] = {
     backend: getattr(torch.ops.neft_kernels.token_magnitude, backend) for backend in MAGNITUDE_BACKENDS
 }
+OVERLOADS["embedding_grad"] = {"cpu": torch.ops.neft_kernels.embedding_grad.cpu}
 
 
 # --- which backend ---------------------------------------------------------------------------------------------------
