@@ -48,24 +48,20 @@ TokensById sort_by_id(const Tensor& input_ids, int64_t num_embeddings, int64_t p
   return sorted;
 }
 
-// Zeros for all rows whose ids do not occur.
-void zero_other_rows(char* out, const std::vector<int64_t>& ids, int64_t num_embeddings, int64_t row_bytes) {
-  constexpr int64_t kBytesPerThread = 1 << 18;
-  torch::stable::parallel_for(0, num_embeddings, std::max<int64_t>(1, kBytesPerThread / row_bytes),
-                              [&](int64_t first, int64_t last) {
-    auto id = std::lower_bound(ids.begin(), ids.end(), first);
-    while (first < last) {
-      const int64_t end = id == ids.end() ? last : std::min(*id++, last);
-      std::memset(out + first * row_bytes, 0, (end - first) * row_bytes);
-      first = end + 1;
-    }
-  });
+// Large outputs are not written where there is nothing to add, see fresh_pages.h.
+Tensor zeros_like_rows_of(const Tensor& grad, int64_t num_rows, int64_t num_columns, int64_t size) {
+  if (num_rows * num_columns * size >= kAlwaysFresh) {
+    Tensor out = torch::stable::new_empty(grad, {num_rows, num_columns});
+    prefer_huge_pages(out.mutable_data_ptr(), num_rows * num_columns * size);
+    if (zero_without_writing(out.mutable_data_ptr(), num_rows * num_columns * size)) return out;
+  }
+  return torch::stable::new_zeros(grad, {num_rows, num_columns});
 }
 
 void sum_rows(const Tensor& grad, char* out, const TokensById& sorted, int64_t num_columns, bool scale_grad_by_freq) {
   // The unit of work is a token's piece of a row. The units of an id are in order of their pieces, so that several threads
   // share an id that occurs often, and a thread takes the pieces that begin among its units.
-  constexpr int64_t kPieceColumns = 4 * kColumnAlignment, kColumnsPerThread = 32 * kPieceColumns;
+  constexpr int64_t kPieceColumns = 1024, kColumnsPerThread = 16 * kPieceColumns;
   const ElementKernel kernel = element_kernel(grad.scalar_type());
   const auto* data = static_cast<const char*>(grad.const_data_ptr());
   const int64_t pieces = (num_columns + kPieceColumns - 1) / kPieceColumns;
@@ -102,13 +98,9 @@ Tensor embedding_grad(const Tensor& grad_output, const Tensor& input_ids, int64_
     case ScalarType::Int: sorted = sort_by_id<int32_t>(input_ids, num_embeddings, padding_idx, row_bytes); break;
     default: throw std::invalid_argument("input_ids must be int32 or int64");
   }
-  Tensor out = torch::stable::new_empty(grad, {num_embeddings, num_columns});
+  Tensor out = zeros_like_rows_of(grad, num_embeddings, num_columns, size);
   if (out.numel() == 0) return out;
-  auto* out_data = static_cast<char*>(out.mutable_data_ptr());
-  prefer_huge_pages(out_data, num_embeddings * row_bytes);
-  if (!zero_without_writing(out_data, num_embeddings * row_bytes))
-    zero_other_rows(out_data, sorted.ids, num_embeddings, row_bytes);
-  sum_rows(grad, out_data, sorted, num_columns, scale_grad_by_freq);
+  sum_rows(grad, static_cast<char*>(out.mutable_data_ptr()), sorted, num_columns, scale_grad_by_freq);
   return out;
 }
 

@@ -136,7 +136,7 @@ NEFT_FUNCTION void store_columns(const Doubles (&sums)[2], char* out) {
 template <class Element>
 void sum_rows(const void* data, const int64_t* rows, int64_t count, int64_t begin, int64_t end, int64_t divisor,
               void* out_row) {
-  constexpr int64_t kVectors = 256 / kLanes;  // summed at a time: 2 KB of doubles, which stay in the fastest cache
+  constexpr int64_t kVectors = 1024 / kLanes;  // summed at a time: 8 KB of doubles, which stay in the fastest cache
   constexpr int64_t kVectorBytes = kLanes * Element::kSize, kCacheLine = 64;
   for (int64_t column = begin; column < end; column += kVectors * kLanes) {
     const int64_t columns = end - column < kVectors * kLanes ? end - column : kVectors * kLanes;
@@ -146,10 +146,11 @@ void sum_rows(const void* data, const int64_t* rows, int64_t count, int64_t begi
     Doubles sums[kVectors][2];
     for (int64_t v = 0; v < vectors + (rest_bytes != 0); ++v) sums[v][0] = sums[v][1] = Doubles{};
     for (int64_t r = 0; r < count; ++r) {
-      const char* row = in + rows[r];
-      for (int64_t byte = 0; byte < columns * Element::kSize; byte += kCacheLine)
-        __builtin_prefetch(in + rows[r + 1] + byte);
-      for (int64_t v = 0; v < vectors; ++v) add_columns<Element>(row + v * kVectorBytes, sums[v]);
+      const char *row = in + rows[r], *next = in + rows[r + 1];
+      for (int64_t v = 0; v < vectors; ++v) {
+        if (v * kVectorBytes % kCacheLine == 0) __builtin_prefetch(next + v * kVectorBytes, 0, /*locality=*/2);  // L2
+        add_columns<Element>(row + v * kVectorBytes, sums[v]);
+      }
       if (rest_bytes != 0) {
         char buffer[kVectorBytes] = {};
         std::memcpy(buffer, row + vectors * kVectorBytes, rest_bytes);
