@@ -137,3 +137,13 @@ def equal_bits(a, b):
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     same = a.contiguous().view(integers) == b.contiguous().view(integers)
     return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def expected_embedding_grad(grad, ids, num_embeddings, padding_idx=-1, scale_grad_by_freq=False):
+    """The CPU's gradient of a table: sums in fp64, where those of a few hundred numbers of lower precision are exact."""
+    kept = ids.flatten() != padding_idx
+    rows = torch.zeros(num_embeddings, grad.shape[-1], dtype=torch.float64)
+    rows.index_add_(0, ids.flatten()[kept].long(), grad.reshape(-1, grad.shape[-1])[kept].double())
+    if scale_grad_by_freq:
+        rows /= torch.bincount(ids.flatten(), minlength=num_embeddings).clamp(min=1)[:, None]
+    return rows.to(grad.dtype)

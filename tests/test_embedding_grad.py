@@ -7,23 +7,13 @@ that of F.embedding bit for bit.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, capped, equal_bits
+from conftest import DTYPES, capped, equal_bits, expected_embedding_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neft_kernels import noisy_embedding, ops
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 embedding_grad = ops.OVERLOADS["embedding_grad"]["cpu"]
-
-
-def expected(grad, ids, num_embeddings, padding_idx=-1, scale_grad_by_freq=False):
-    """In fp64, which holds these sums of a few hundred numbers of half and of single precision well enough."""
-    kept = ids.flatten() != padding_idx
-    rows = torch.zeros(num_embeddings, grad.shape[-1], dtype=torch.float64)
-    rows.index_add_(0, ids.flatten()[kept].long(), grad.flatten(0, -2)[kept].double())
-    if scale_grad_by_freq:
-        rows /= torch.bincount(ids.flatten(), minlength=num_embeddings).clamp(min=1)[:, None]
-    return rows.to(grad.dtype)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -37,7 +27,7 @@ def test_sums_are_exact_and_rounded_once(dtype, instruction_set, poisoned_memory
             for options in ((-1, False), (2, False), (-1, True), (0, True)):
                 with capped(instruction_set):
                     got = embedding_grad(grad, ids, num_embeddings, *options)
-                assert equal_bits(got, expected(grad, ids, num_embeddings, *options)), (width, options)
+                assert equal_bits(got, expected_embedding_grad(grad, ids, num_embeddings, *options)), (width, options)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -99,20 +89,20 @@ def test_rows_without_tokens_are_zero_whatever_memory_held(megabytes, poisoned_m
     ids, grad = torch.tensor([0, 5, num_embeddings - 1, 5]), torch.randn(4, 1023)
     for _ in range(2):
         got = embedding_grad(grad, ids, num_embeddings, -1, False)
-        assert equal_bits(got, expected(grad, ids, num_embeddings))
+        assert equal_bits(got, expected_embedding_grad(grad, ids, num_embeddings))
         got.fill_(float("nan"))
 
 
 def test_strides():
     ids, grad = torch.randint(9, (6, 8)), torch.randn(6, 8, 20)
-    want = expected(grad, ids, 9)
+    want = expected_embedding_grad(grad, ids, 9)
     apart = torch.stack([grad, grad], -1).flatten(-2)[..., ::2]
     for same in (grad.mT.contiguous().mT, grad.transpose(0, 1).contiguous().transpose(0, 1), apart):
         assert not same.is_contiguous()
         assert equal_bits(embedding_grad(same, ids, 9, -1, False), want)
     assert equal_bits(embedding_grad(grad, ids.t().contiguous().t(), 9, -1, False), want)
     one = torch.ones(()).expand(6, 8, 20)  # the gradient of a sum
-    assert equal_bits(embedding_grad(one, ids, 9, -1, False), expected(one.contiguous(), ids, 9))
+    assert equal_bits(embedding_grad(one, ids, 9, -1, False), expected_embedding_grad(one.contiguous(), ids, 9))
 
 
 @pytest.mark.parametrize(("num_embeddings", "width", "shape"), [(4, 0, (3,)), (4, 5, (0,)), (0, 5, (2, 0)), (4, 5, ())])
