@@ -26,7 +26,8 @@ logger = logging.getLogger("neft_kernels")
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")  # in order of preference
 
-_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+#: By device type, those that are better than the reference.
+_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}
 
 _SCHEMAS = {
     "noisy_embedding": "(Tensor input_ids, Tensor weight, Tensor seed, Tensor? token_magnitude, float magnitude, "
@@ -160,17 +161,27 @@ class Backend:
     detail: str
 
 
+@functools.cache
+def _triton_has(vendor: str) -> bool:
+    """Whether the Triton that is installed compiles for GPUs of `vendor`. It imports Triton, so it is asked last."""
+    from triton.backends import backends
+
+    return vendor in backends
+
+
 def _devices(backend: str) -> tuple[str, ...]:
     """The device types that `backend` runs on here. torch.compile traces this."""
-    accelerators = ("cuda",) if torch.cuda.is_available() else ()
+    cuda = ("cuda",) if torch.cuda.is_available() else ()
+    xpu = ("xpu",) if torch.xpu.is_available() else ()
     if backend == "reference":
-        return ("cpu", *accelerators)  # and on any other device
+        return ("cpu", *cuda, *xpu)  # and on any other device
     if backend == "cpu":
         return ("cpu",) if _cpu_extension is not None else ()
     if backend == "cuda":
-        return accelerators if _cuda_extension is not None else ()
+        return cuda if _cuda_extension is not None else ()
     if not _TRITON_INSTALLED:
         return ()
+    accelerators = (*cuda, *(xpu if xpu and _triton_has("intel") else ()))
     return ("cpu", *accelerators) if _INTERPRET_TRITON else accelerators
 
 
@@ -224,11 +235,18 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
     if choice is None:
         choice = _chosen[device_type, backend] = _choose(device_type, backend)
         if backend is None:
-            is_slow = choice == "reference" and _PREFERRED_BACKEND is None and device_type in ("cpu", "cuda")
-            why_not = "".join(f"; {name}: {_detail(name)}" for name in _KERNELS[device_type]) if is_slow else ""
+            is_slow = choice == "reference" and _PREFERRED_BACKEND is None and device_type != "meta"
+            why_not = _why_no_kernel(device_type) if is_slow else ""
             log = logger.warning if is_slow else logger.info
             log("backend %r for %s tensors: %s%s", choice, device_type, _detail(choice), why_not)
     return choice
+
+
+def _why_no_kernel(device_type: str) -> str:
+    kernels = _KERNELS.get(device_type)
+    if kernels is None:
+        return f"; there is no kernel for {device_type} devices"
+    return "".join(f"; {name}: {_detail(name)}" for name in kernels)
 
 
 @functools.cache

@@ -117,7 +117,9 @@ def _by_position(positions, mask, begin, length, TILE: tl.constexpr, STEP: tl.co
     in_tile = tl.sum(present.to(tl.int32), 0)
     # Tokens counted before the sequence began, and those when it ended. Counts grow, so the last is the largest.
     at_begin = tl.associative_scan(tl.where(begins, counted - present.to(tl.int32), -before), 0, _larger)
-    next_begins = _load_begins(positions, token + 1, (token + 1 < length) & (token - begin < TILE - 1), mask is not None)
+    next_begins = _load_begins(
+        positions, token + 1, (token + 1 < length) & (token - begin < TILE - 1), mask is not None
+    )
     at_end = tl.associative_scan(tl.where(next_begins, counted, in_tile + after), 0, _smaller, reverse=True)
     tokens = at_end - at_begin
     if mask is None:
