@@ -27,7 +27,7 @@ import test_gpu
 import tune_gpu
 import variants
 
-from neft_kernels import triton_backend
+from neft_kernels.ops import triton_noise
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"plain", "hook", "hook, compiled", "rand_like, compiled", "ours", "ours, cuda"}
@@ -274,7 +274,7 @@ def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, 
     monkeypatch.setattr(tune_gpu, "_compiled_for", {})
 
     def constants():
-        return [getattr(triton_backend, name) for name in tune_gpu._CONSTANTS], triton_backend._tile(600, 2)
+        return [getattr(triton_noise, name) for name in tune_gpu._CONSTANTS], triton_noise._tile(600, 2)
 
     before = constants()
     assert tune_gpu.main(["--rounds", "2", "--results", str(results)]) == 0

@@ -1,4 +1,4 @@
-"""By which modules does a model look tokens up?"""
+"""The modules by which a model looks tokens up."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from neft_kernels import ops
+from neft_kernels.ops.checks import FLOAT_DTYPES
 
 __all__ = ["check_model", "input_embeddings", "is_encoder_decoder", "is_plain", "token_embeddings"]
 
@@ -101,5 +101,5 @@ def is_plain(module: nn.Module) -> bool:
         and module.max_norm is None
         and type(module.weight) is nn.Parameter
         and module.weight.layout == torch.strided
-        and module.weight.dtype in ops.FLOAT_DTYPES
+        and module.weight.dtype in FLOAT_DTYPES
     )
