@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.devices import CPU_BACKENDS
 from neft_kernels import NEFTuneEmbedding, describe, noise_magnitude, noisy_embedding, replace_embeddings
 from neft_kernels.ops.registration import OVERLOADS
 
@@ -105,7 +105,9 @@ def test_the_backend_asked_for_is_the_one_that_computes(backend, monkeypatch):
 
     replaced = replace_embeddings(nn.Sequential(nn.Embedding(10, 6)), backend=backend)
     doubled = replace_embeddings(nn.Sequential(Doubled(10, 6)), backend=backend)
-    computed = {"noisy_embedding", "token_magnitude"} if backend in OVERLOADS["token_magnitude"] else {"noisy_embedding"}
+    computed = (
+        {"noisy_embedding", "token_magnitude"} if backend in OVERLOADS["token_magnitude"] else {"noisy_embedding"}
+    )
     for module, args, expected in (
         (embedding(backend=backend), {"attention_mask": MASK}, computed),
         (replaced, {}, {"noisy_embedding"}),

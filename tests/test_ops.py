@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.devices import CPU_BACKENDS
 from neft_kernels import add_noise, available_backends, noisy_embedding
 from neft_kernels.ops import backends
 from neft_kernels.ops.autograd import draw_seed
@@ -82,7 +82,7 @@ def test_compiled_equals_eager_at_every_length_with_one_graph(per_token):
 
 def test_the_first_call_of_all_may_be_a_compiled_one(monkeypatch):
     """The choice of the backend, not made yet, is traced."""
-    backends.forget_choices()
+    monkeypatch.setattr(backends, "_chosen", {})
     torch._dynamo.reset()
     weight, ids = torch.randn(50, 12), torch.randint(50, (2, 5))
     compiled = torch.compile(lambda: noisy_embedding(ids, weight, 0.1, seed=torch.tensor([3])), fullgraph=True)
@@ -124,7 +124,7 @@ def test_available_backends_and_the_automatic_choice(caplog, monkeypatch):
     assert found["reference"].devices
     assert all(backend.detail for backend in found.values())
 
-    backends.forget_choices()
+    monkeypatch.setattr(backends, "_chosen", {})
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
         choose_backend("cpu")
         choose_backend("cpu")
@@ -134,7 +134,7 @@ def test_available_backends_and_the_automatic_choice(caplog, monkeypatch):
 def test_without_the_extension_the_reference_is_chosen_with_a_warning(monkeypatch, caplog):
     """It is slower than the hook that the package replaces. Who asks for it has asked for it."""
     monkeypatch.setitem(backends.extensions, "cpu", (None, "not built"))
-    backends.forget_choices()
+    monkeypatch.setattr(backends, "_chosen", {})
     with caplog.at_level(logging.WARNING, logger="neft_kernels"):
         assert choose_backend("cpu") == "reference"
         assert choose_backend("cpu") == "reference"
@@ -160,7 +160,6 @@ def machine(monkeypatch):
         backends.forget_choices()
 
     yield pretend
-    monkeypatch.undo()
     backends.forget_choices()
 
 

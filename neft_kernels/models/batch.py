@@ -1,8 +1,8 @@
 """What the current forward pass says about the sequences in its batch.
 
-Hooks on the modules around an embedding put a :class:`Batch` on a stack while the module's forward runs, and the embedding reads
-the innermost one. One hook on the model alone is not enough: a decoder is called with a mask of its own, and a part of the model
-may be called directly.
+Hooks on the modules around an embedding put a :class:`Batch` on a stack while the module's forward runs, and the embedding
+reads the innermost one. One hook on the model alone is not enough: a decoder is called with a mask of its own, and a part of
+the model may be called directly.
 """
 
 import copy
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from neft_kernels.models.layout import is_rearranged
 from neft_kernels.ops.backends import logger
 from neft_kernels.ops.checks import broadcasts
 
 if TYPE_CHECKING:
     from neft_kernels.models.state import ModelNoise
 
-__all__ = ["EMPTY_BATCH", "Batch", "BatchHook", "PassStack", "in_backward", "modules_around"]
+__all__ = ["ARGUMENTS", "EMPTY_BATCH", "Batch", "BatchHook", "PassStack", "in_backward", "parameters_of_forward"]
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,38 @@ class Batch:
             known = {name: value for name, value in known.items() if value is not None}
         return replace(self, **known)  # type: ignore[arg-type]
 
-    def about(self, ids: Tensor, row_length: int, with_labels: bool) -> tuple[dict[str, Tensor], str]:
-        """The arguments of :func:`neft_kernels.noise_magnitude` for `ids` ``[..., l]``, and a note on what cannot be used.
+    def about(self, ids: Tensor, row_length: int | None, with_labels: bool) -> tuple[Tensor, dict[str, Tensor], str]:
+        """What this batch says about `ids` ``[..., l]``, which the model looks up.
 
-        `ids` may be a part of rows of `row_length` tokens. What is as long as the rows is about the whole rows.
+        Args:
+            row_length: the number of tokens in a row of which `ids` are a part. What is as long as that is about the whole
+            rows.
+                None: `ids` are whole rows.
+            with_labels: whether the labels count.
+
+        Returns:
+            The ids that the model was given before it rearranged them, or `ids` themselves; the arguments of
+            :func:`neft_kernels.noise_magnitude` for these; and a note on what cannot be used.
         """
         usable, notes = {}, []
+        tokens = ids
+        if row_length is None and self.input_ids is not None and is_rearranged(self.input_ids, ids):
+            tokens = self.input_ids
+        row_length = tokens.shape[-1] if row_length is None else row_length
         for name, value in self._given():
             if name == "labels" and not with_labels:
                 continue
-            if name == "attention_mask" and value.ndim == ids.ndim and value.shape[-1] != row_length:
-                value = value[..., -ids.shape[-1] :]  # what comes before is about a cache, such as a prefix
-            if _tells(name, value, ids, row_length):
+            if name == "attention_mask" and value.ndim == tokens.ndim and value.shape[-1] != row_length:
+                value = value[..., -tokens.shape[-1] :]  # what comes before is about a cache, such as a prefix
+            if _tells(name, value, tokens, row_length):
                 usable[name] = value
             elif not torch.compiler.is_compiling():
                 notes.append(
-                    f"{name} of shape {list(value.shape)} does not tell the lengths of ids of shape {list(ids.shape)}"
+                    f"{name} of shape {list(value.shape)} does not tell the lengths of ids of shape {list(tokens.shape)}"
                 )
-        return usable, "; ".join(notes)
+        if tokens.shape != ids.shape and not torch.compiler.is_compiling():
+            notes.append(f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}")
+        return tokens, usable, "; ".join(notes)
 
     def _given(self) -> Iterator[tuple[str, Tensor]]:
         for name in ("attention_mask", "position_ids", "cu_seq_lens", "labels"):
@@ -181,6 +196,10 @@ _FIELDS_OF_DECODER = {
 }
 
 
+#: The arguments of a module that say something about the batch.
+ARGUMENTS = frozenset((*_FIELDS, *_CACHES))
+
+
 class BatchHook:
     """Hooks on a module around an embedding: what the module is called with holds while its forward runs.
 
@@ -189,8 +208,8 @@ class BatchHook:
 
     def __init__(self, noise: "ModelNoise", module: nn.Module) -> None:
         self.noise = noise
-        self.parameters = _parameters_of_forward(module)
-        self.positional = _parameters_of_forward(module, positional=True)
+        self.parameters = parameters_of_forward(module)
+        self.positional = parameters_of_forward(module, positional=True)
         self.warned: set[str] = set()
         # transformers' class of caches, if it is imported; a model of transformers has imported it.
         self.cache_class: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
@@ -232,7 +251,9 @@ class BatchHook:
         batch = replace(batch, generating=outside.generating or generates)
         passes.push(self, batch)
 
-        if outside is not EMPTY_BATCH or torch.compiler.is_compiling():  # a graph would be tied to the count of one pass
+        if (
+            outside is not EMPTY_BATCH or torch.compiler.is_compiling()
+        ):  # a graph would be tied to the count of one pass
             return
         in_training = module.training and torch.is_grad_enabled() and not in_backward()
         if in_training:
@@ -266,19 +287,8 @@ class BatchHook:
             logger.warning(message)
 
 
-def modules_around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
-    """`model`, and the modules between it and its embeddings whose arguments say something about the batch."""
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in embeddings]
-    paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-    found = [model]
-    for path in sorted(paths):
-        module = model.get_submodule(path)
-        if module not in found and set(_parameters_of_forward(module)) & {*_FIELDS, *_CACHES}:
-            found.append(module)
-    return found
-
-
-def _parameters_of_forward(module: nn.Module, positional: bool = False) -> tuple[str, ...]:
+def parameters_of_forward(module: nn.Module, positional: bool = False) -> tuple[str, ...]:
+    """The names of the parameters of the module's forward, all or those that can be given by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(module.forward).parameters.values()
     return tuple(each.name for each in parameters if not positional or each.kind in kinds)

@@ -14,9 +14,9 @@ OFF = object()
 class FirstPasses:
     """The noise of forward passes, by the storage of their token ids.
 
-    Activation checkpointing runs a region again inside backward. Then the modules around the region may not run, so its masks are
-    not known; gradients may be enabled that were not; and ``no_noise`` may have ended. Passes are told apart by the storage of the
-    ids, because a region may look up a view of the ids that it is given. Entries live as long as the ids.
+    Activation checkpointing runs a region again inside backward. Then the modules around the region may not run, so its masks
+    are not known; gradients may be enabled that were not; and ``no_noise`` may have ended. Passes are told apart by the
+    storage of the ids, because a region may look up a view of the ids that it is given. Entries live as long as the ids.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neft_kernels.models.embedding import EmbeddingNoise, NEFTuneEmbedding
+from neft_kernels.models.embedding import NEFTuneEmbedding
+from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.replace import noisy_modules
 from neft_kernels.models.sharding import is_dtensor
 from neft_kernels.ops.backends import choose_backend
@@ -57,8 +58,18 @@ class Report(tuple[EmbeddingReport, ...]):
 
 
 def describe(model: nn.Module) -> Report:
-    """Which embeddings of `model` are noisy, how, and whether the noise is on at this moment. Waits for the device."""
-    return Report(_report(name, module, noise) for name, module, noise in noisy_modules(model))
+    """Which embeddings of `model` are noisy, how, and whether the noise is on at this moment. Waits for the device.
+
+    Of several embeddings that share a table, those that were never called are left out once another one was called. T5 names
+    its `shared` table, but calls those of its encoder and its decoder.
+    """
+    noisy = list(noisy_modules(model))
+    called = {table for _, module, noise in noisy if noise.last_magnitude is not None for table in module.parameters()}
+    return Report(
+        _report(name, module, noise)
+        for name, module, noise in noisy
+        if noise.last_magnitude is not None or called.isdisjoint(module.parameters())
+    )
 
 
 def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:

@@ -1,227 +1,31 @@
-"""Noisy embeddings: a module for plain tables, and a hook for embeddings that keep their own forward.
-
-Every batch takes the same way, :meth:`EmbeddingNoise.add`, in four steps: the magnitude of the noise, its seed and stream, the op,
-and the record that ``describe`` reads.
-"""
+"""Noisy embeddings: a module for plain tables, and a hook for embeddings that keep their own forward."""
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neft_kernels.models import sharding
-from neft_kernels.models.batch import EMPTY_BATCH, in_backward
-from neft_kernels.models.checkpointing import OFF, FirstPasses
-from neft_kernels.models.layout import is_rearranged, rearranged
+from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.state import ModelNoise
 from neft_kernels.ops.autograd import add_noise, noisy_embedding
-from neft_kernels.ops.backends import choose_backend, logger
-from neft_kernels.ops.magnitude import magnitude_of_length, noise_magnitude
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from neft_kernels.models.sharding import Part
-
-__all__ = ["HOOK_ATTRIBUTE", "EmbeddingNoise", "NEFTuneEmbedding", "NoiseHook"]
-
-#: What transformers sets on an embedding that its own NEFTune hook is on.
-HOOK_ATTRIBUTE = "neftune_noise_alpha"
-
-
-class EmbeddingNoise:
-    """The noise of one embedding."""
-
-    def __init__(self, model: ModelNoise, name: str = "embedding", standing_note: str = "") -> None:
-        self.model, self.name = model, name
-        #: What the noise of the model leaves out, whatever the batch.
-        self.standing_note = standing_note
-        #: Of the last batch with noise: its magnitude, and why it is not what was asked for.
-        self.last_magnitude: float | Tensor | None = None
-        self.note = ""
-        #: Whether the table was a DTensor in the last forward pass. FSDP has it so only between passes.
-        self.table_was_sharded: bool | None = None
-        self.first_passes = FirstPasses()
-        self._warned: set[str] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_magnitude": None}
-
-    # --- on or off ---
-
-    def state(self, module: nn.Module) -> str:
-        """ "on", or why `module` has no noise at this moment."""
-        model = self.model
-        if not module.training:
-            return "off: evaluation mode"
-        if not torch.is_grad_enabled() and not model.options.under_no_grad:
-            return "off: gradients are disabled"
-        if not model.enabled:
-            return "off: inside no_noise"
-        if model.passes.batch.generating:
-            return "off: a cache is passed, so the model is generating"
-        if HOOK_ATTRIBUTE in module.__dict__:
-            return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
-        return "off: alpha is 0" if model.alpha.is_always_zero() else "on"
-
-    def is_on(self, module: nn.Module, ids: Tensor) -> bool:
-        """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had."""
-        self.model.coverage.reach()
-        self.warn_of_other_noise(module)
-        if torch.compiler.is_compiling():
-            return self.state(module) == "on"
-        is_on = self.state(module) == "on"
-        if in_backward() and (first := self.first_passes.recall(ids)) is not None:
-            if first is OFF and is_on:
-                self._warn(
-                    "a pass that backward runs again has no noise, because it had none the first time, when gradients were "
-                    "disabled; under_no_grad=True gives noise to both"
-                )
-            return first is not OFF
-        if module.training and not is_on:
-            self.first_passes.remember(ids, OFF)
-        return is_on
-
-    def warn_of_other_noise(self, module: nn.Module) -> None:
-        """Says once that this noise is off because the Hugging Face hook is on."""
-        if HOOK_ATTRIBUTE in module.__dict__:
-            self._warn(
-                "the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise, so ours is off; to use "
-                "neft_kernels instead, unset it"
-            )
-
-    def _warn(self, message: str) -> None:
-        if not torch.compiler.is_compiling() and message not in self._warned:
-            self._warned.add(message)
-            logger.warning("%s: %s", self.name, message)
-
-    # --- one batch ---
-
-    def add(
-        self,
-        op: Callable[..., Tensor],
-        ids: Tensor,
-        embedding_dim: int,
-        part: "Part | None" = None,
-        groups: "Sequence[ProcessGroup]" = (),
-        sequences: dict[str, Tensor | None] | None = None,
-    ) -> Tensor:
-        """The result of `op` with the noise of one batch.
-
-        Args:
-            op: is called with the keyword arguments ``magnitude``, ``seed``, ``stream`` and ``backend``.
-            ids: ``[..., l]``, the token ids. Their values count only where a model rearranges them.
-            embedding_dim: the width of the embedding.
-            part: the part that `ids` are of their sequences. None: they are the whole.
-            groups: the process groups over which the table is sharded.
-            sequences: arguments of :func:`neft_kernels.noise_magnitude`. Without any, those of the model's forward pass.
-        """
-        options = self.model.options
-        if options.sequence_group is not None:
-            groups = [*groups, *sharding.groups_of(options.sequence_group)]
-        magnitude, note = self._magnitude(ids, embedding_dim, part, sequences)
-        seed, stream = sharding.seed_and_stream(options.stream, groups, ids.device)
-        out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
-        self._record(ids, magnitude, note)
-        return out
-
-    def _magnitude(
-        self, ids: Tensor, embedding_dim: int, part: "Part | None", sequences: dict[str, Tensor | None] | None
-    ) -> tuple[float | Tensor, str]:
-        """The magnitude of each token of `ids`, and a note if it is not what was asked for."""
-        options, is_compiling = self.model.options, torch.compiler.is_compiling()
-        if not is_compiling and in_backward() and (first := self.first_passes.recall(ids)) is not None:
-            return first, self.note
-        batch = EMPTY_BATCH if sequences else self.model.passes.batch
-        # Where the model rearranges its ids, the batch is about those that it was given.
-        given = batch.input_ids if part is None and is_rearranged(batch.input_ids, ids) else ids
-        note = ""
-        if batch is not EMPTY_BATCH:
-            row_length = given.shape[-1] if part is None else part.length
-            sequences, note = batch.about(given, row_length, with_labels=options.noise_on != "all")
-        sequences = sequences or {}
-        if options.noise_on != "all" and sequences.get("labels") is None:
-            raise ValueError(
-                f"noise_on={options.noise_on!r} needs labels of the ids' shape, but the model was called without; a Trainer "
-                "that computes the loss itself takes them out of the batch"
-            )
-        if part is not None:
-            given, sequences = part.whole_rows(given, sequences, options)
-
-        alpha = self.model.alpha_on(ids.device)
-
-        def compute(tokens: Tensor, told: dict[str, Any]) -> float | Tensor:
-            if not told and tokens.numel():
-                return magnitude_of_length(alpha, tokens.shape[-1], embedding_dim, tokens.device)
-            scale_by, noise_on, backend = options.scale_by, options.noise_on, options.backend
-            return noise_magnitude(
-                tokens, embedding_dim, alpha, scale_by=scale_by, noise_on=noise_on, backend=backend, **told
-            )
-
-        magnitude = compute(given, sequences)
-        if part is not None:
-            magnitude = part.of(magnitude)
-        elif given is not ids:
-            magnitude = rearranged(magnitude, given, ids, compute(ids, {}) if options.noise_on == "all" else 0.0)
-            if given.shape != ids.shape and not is_compiling:
-                looked_up = f"ids of shape {list(given.shape)} were looked up as {list(ids.shape)}"
-                note = "; ".join(filter(None, (note, looked_up)))
-        return magnitude, note
-
-    def _record(self, ids: Tensor, magnitude: float | Tensor, note: str) -> None:
-        """Keeps what ``describe`` reports, and what a recomputation of this pass needs. Logs the first batch."""
-        if torch.compiler.is_compiling() or not _is_real(magnitude):
-            return
-        if not in_backward():
-            self.first_passes.remember(ids, magnitude)
-        is_first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
-        if is_first and logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
-            low, high = self.bounds() or (0.0, 0.0)
-            logger.info(
-                "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s",
-                self.name,
-                self.model.alpha.now(),
-                self.model.options.scale_by,
-                choose_backend(ids.device.type, self.model.options.backend),
-                low,
-                high,
-                f" ({note})" if note else "",
-            )
-
-    def bounds(self) -> tuple[float, float] | None:
-        """Smallest and largest magnitude of the last batch with noise, over the tokens with noise. Waits for the device."""
-        last = self.last_magnitude
-        if not isinstance(last, Tensor):
-            return None if last is None else (last, last)
-        noisy = last[last > 0]
-        return (noisy.min().item(), noisy.max().item()) if noisy.numel() else (0.0, 0.0)
-
-
-def _is_real(magnitude: float | Tensor) -> bool:
-    """Whether `magnitude` can be read later: it does not stand for values inside a transform or a trace."""
-    if not isinstance(magnitude, Tensor):
-        return True
-    return type(magnitude) is Tensor and not magnitude.is_meta and not torch._C._are_functorch_transforms_active()
-
-
-def _is_capturing(ids: Tensor) -> bool:
-    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
+__all__ = ["NEFTuneEmbedding", "NoiseHook"]
 
 
 class NEFTuneEmbedding(nn.Embedding):
     """``nn.Embedding`` whose forward in training adds NEFTune's noise, in the same kernel as the look-up.
 
-    In evaluation mode, under ``torch.no_grad()``, and with ``alpha=0`` it is the plain embedding. The seed is drawn from PyTorch's
-    default generator of the weight's device, so ``torch.manual_seed`` reproduces a run.
+    In evaluation mode, under ``torch.no_grad()``, and with ``alpha=0`` it is the plain embedding. The seed is drawn from
+    PyTorch's default generator of the weight's device, so ``torch.manual_seed`` reproduces a run.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx, scale_grad_by_freq, sparse, device, dtype: as in ``nn.Embedding``.
-        alpha, options: as in :func:`neft_kernels.replace_embeddings`. If the module is given masks and a ``sequence_group`` is set,
-            the masks may be those of the rank's part or those of the whole sequences.
+        num_embeddings, embedding_dim, padding_idx, args, kwargs: as in ``nn.Embedding``. ``max_norm`` is not supported.
+        alpha, and the options in kwargs: as in :func:`neft_kernels.replace_embeddings`. If a ``sequence_group`` is set, the
+            masks given to forward may be those of the rank's part or those of the whole sequences.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value. The message names it.
@@ -236,22 +40,15 @@ class NEFTuneEmbedding(nn.Embedding):
         embedding_dim: int,
         padding_idx: int | None = None,
         max_norm: None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        _weight: Tensor | None = None,
-        _freeze: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
+        *args: Any,
         alpha: float | Callable[[int], float] = 5.0,
-        **options: Any,
+        **kwargs: Any,
     ) -> None:
         if max_norm is not None:
             raise ValueError("max_norm is not supported: it rewrites the weight in forward")
+        options = {name: kwargs.pop(name) for name in NoiseOptions.__dataclass_fields__ if name in kwargs}
         model = ModelNoise(NoiseOptions(**options), AlphaSchedule(alpha))
-        plain = (num_embeddings, embedding_dim, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
-        super().__init__(*plain, _weight, _freeze, device, dtype)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, None, *args, **kwargs)
         self.noise = self.built_in_noise = EmbeddingNoise(model)
 
     def forward(self, input: Tensor, **sequences: Tensor | None) -> Tensor:

@@ -21,8 +21,8 @@ def is_rearranged(given: Tensor | None, ids: Tensor) -> bool:
 def rearranged(magnitude: float | Tensor, given: Tensor, ids: Tensor, otherwise: float | Tensor) -> float | Tensor:
     """The magnitudes of `ids` from those of the `given` ids, where :func:`is_rearranged` holds.
 
-    How they were rearranged is decided by the values of the ids, on their device. Nothing is read back to the host. Tokens that
-    the model added get no noise.
+    How they were rearranged is decided by the values of the ids, on their device. Nothing is read back to the host. Tokens
+    that the model added get no noise.
 
     Args:
         magnitude: of `given`, ``[B, L]``, or a number for all of them.

@@ -98,6 +98,11 @@ class AlphaSchedule:
         check_alpha(alpha)
         return alpha
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether this is a schedule over forward passes, which only run outside of compiled graphs."""
+        return self.is_function and self.counts_passes
+
     def is_always_zero(self) -> bool:
         """Whether alpha is the number 0 and never was set at run time, so that compiled graphs may depend on it."""
         return self.tensor is None and self.value == 0

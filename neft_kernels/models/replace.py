@@ -1,8 +1,9 @@
 """Puts noise into the embeddings of a model, and takes it out again.
 
 A plain ``nn.Embedding`` becomes a :class:`NEFTuneEmbedding` by a change of its class, in place. The module, its name, hooks,
-parameters and ties stay what they are. Any other embedding (scaled, wrapped, quantised ...) keeps its own forward, and a forward
-hook adds the noise to its output. Hooks on the modules around the embeddings read the batch, see :mod:`neft_kernels.models.batch`.
+parameters and ties stay what they are. Any other embedding (scaled, wrapped, quantised ...) keeps its own forward, and a
+forward hook adds the noise to its output. Hooks on the modules around the embeddings read the batch, see
+:mod:`neft_kernels.models.batch`.
 """
 
 import contextlib
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from neft_kernels.models.batch import BatchHook, modules_around
-from neft_kernels.models.embedding import EmbeddingNoise, NEFTuneEmbedding, NoiseHook
-from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, token_embeddings
+from neft_kernels.models.batch import BatchHook
+from neft_kernels.models.embedding import NEFTuneEmbedding, NoiseHook
+from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, modules_around, token_embeddings
+from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.state import ModelNoise
 from neft_kernels.ops.backends import choose_backend, logger
@@ -120,8 +122,8 @@ def _take_out(module: nn.Module) -> None:
             module.__class__ = nn.Embedding  # type: ignore[assignment]
             del module.noise
         else:
-            # The user built it noisy. Or it has since been given a class derived from ours, as by fully_shard(), or a forward of
-            # its own around ours, as by accelerate.
+            # The user built it noisy. Or it has since been given a class derived from ours, as by fully_shard(), or a forward
+            # of its own around ours, as by accelerate.
             module.noise = module.__dict__.get("built_in_noise")
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):

@@ -1,8 +1,8 @@
 """Which noise each process draws where several processes train one model.
 
-Replicas draw different noise, because each has a stream of its own. The ranks of one replica have a tensor-parallel table, or each
-holds a part of every sequence. They draw the noise that one process alone would draw: they share a stream and a seed, and number
-their tokens in the whole sequences.
+Replicas draw different noise, because each has a stream of its own. The ranks of one replica have a tensor-parallel table, or
+each holds a part of every sequence. They draw the noise that one process alone would draw: they share a stream and a seed, and
+number their tokens in the whole sequences.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,14 +47,17 @@ def seed_and_stream(
 
     Args:
         stream: the stream that the user chose, or None for that of the replica: the lowest rank in it.
-        groups: the groups of which the replica consists. Each rank is in one group of each dimension of a regular mesh, so what
+        groups: the groups of which the replica consists. Each rank is in one group of each dimension of a regular mesh, so
+        what
             is left of a rank after its place in each group is the same for the whole replica.
         device: where the seed is drawn.
     """
     if stream is None:
         stream = torch.distributed.get_rank() if distributed_is_on() else 0
         distinct = {group.group_name: group for group in groups}.values()
-        stream -= sum(torch.distributed.get_rank() - min(torch.distributed.get_process_group_ranks(group)) for group in distinct)
+        stream -= sum(
+            torch.distributed.get_rank() - min(torch.distributed.get_process_group_ranks(group)) for group in distinct
+        )
     if not groups:
         return None, stream
     seed = draw_seed(device)
@@ -140,7 +143,7 @@ class Part:
     def whole_rows(
         self, ids: Tensor, sequences: dict[str, Any], options: "NoiseOptions"
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Ids of the shape of the whole rows, whose values do not count, and what the `sequences` of all ranks are together."""
+        """Ids of the shape of the whole rows, whose values do not count, and the `sequences` of all ranks together."""
         if options.sequence_group is not None:
             sequences = {
                 name: value
@@ -154,8 +157,8 @@ class Part:
 def part_of_rank(ids: Tensor, options: "NoiseOptions") -> Part | None:
     """The part of the whole rows that this rank's `ids` ``[..., l]`` are. None: they are the whole rows.
 
-    Layout "contiguous": rank r of n holds the r-th of n equal pieces. "head_tail": the r-th of 2n pieces from the front and the
-    r-th from the back, which gives causal attention equal work on all ranks, as in torch's context_parallel().
+    Layout "contiguous": rank r of n holds the r-th of n equal pieces. "head_tail": the r-th of 2n pieces from the front and
+    the r-th from the back, which gives causal attention equal work on all ranks, as in torch's context_parallel().
 
     Raises:
         ValueError: the layout is "head_tail", and the number of tokens is odd.

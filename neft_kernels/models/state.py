@@ -58,9 +58,9 @@ class ModelNoise:
         """
         alpha = self.alpha
         is_compiling = torch.compiler.is_compiling()
-        if alpha.is_function and alpha.counts_passes and (is_compiling or self.passes.in_compiled_model):
+        if alpha.counts_steps and (is_compiling or self.passes.in_compiled_model):
             # While the model is traced, this only makes the compiler leave the embedding out of the graph. The embedding
-            # then runs by itself, and the error is raised.
+            # then runs by itself, and the error is raised if the whole model is compiled.
             raise RuntimeError(
                 "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
             )

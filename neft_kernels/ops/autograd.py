@@ -73,15 +73,13 @@ class AddNoise(torch.autograd.Function):
 
 
 def _is_differentiated(values: Tensor) -> bool:
-    """Whether an op on `values`, the weight or the embeddings, needs its autograd function.
-
-    Transforms of torch.func do, whatever `requires_grad` says. So does a compiler, which traces both ways.
-    """
+    """Whether an op on `values`, the weight or the embeddings, needs its autograd function."""
     if torch.compiler.is_compiling():
         if torch._C._functorch.maybe_current_level() is not None:  # the compiler would drop backward without an error
             raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")
+    elif torch._C._are_functorch_transforms_active():  # whatever requires_grad says
         return True
-    return torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and values.requires_grad)
+    return torch.is_grad_enabled() and values.requires_grad
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -135,7 +133,8 @@ def noisy_embedding(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value. The message names it.
         RuntimeError: the backend that was asked for cannot run here.
 
-    The noise is that of NEFTune (Jain et al. 2023, arXiv 2310.05914). :mod:`neft_kernels.ops.reference` defines every bit of it.
+    The noise is that of NEFTune (Jain et al. 2023, arXiv 2310.05914). :mod:`neft_kernels.ops.reference` defines every bit of
+    it.
     """
     checks.check_values(weight, "weight", 2)
     device = weight.device
@@ -145,9 +144,17 @@ def noisy_embedding(
         checks.check_counters(stream, first_token)
     options = (checks.check_padding_idx(padding_idx, weight.shape[0]), scale_grad_by_freq, sparse)
     op = OVERLOADS["noisy_embedding"][choose_backend(device.type, backend)]
-    noise = (draw_seed(device) if seed is None else checks.check_seed(seed, device), token_magnitude, number, stream, first_token)
+    noise = (
+        draw_seed(device) if seed is None else checks.check_seed(seed, device),
+        token_magnitude,
+        number,
+        stream,
+        first_token,
+    )
     if forward_ad._current_level >= 0:
-        return _with_tangent(op(input_ids, weight.detach(), *noise), torch.nn.functional.embedding(input_ids, weight, padding_idx))
+        return _with_tangent(
+            op(input_ids, weight.detach(), *noise), torch.nn.functional.embedding(input_ids, weight, padding_idx)
+        )
     if _is_differentiated(weight):
         return _apply(NoisyEmbedding, op, options, input_ids, weight, *noise)
     return op(input_ids, weight, *noise)
@@ -181,7 +188,13 @@ def add_noise(
     if stream or first_token:
         checks.check_counters(stream, first_token)
     op = OVERLOADS["add_noise"][choose_backend(device.type, backend)]
-    noise = (draw_seed(device) if seed is None else checks.check_seed(seed, device), token_magnitude, number, stream, first_token)
+    noise = (
+        draw_seed(device) if seed is None else checks.check_seed(seed, device),
+        token_magnitude,
+        number,
+        stream,
+        first_token,
+    )
     if forward_ad._current_level >= 0:
         return _with_tangent(op(embeds.detach(), *noise), embeds)
     if _is_differentiated(embeds):

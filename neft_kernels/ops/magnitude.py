@@ -91,7 +91,10 @@ def noise_magnitude(
     if noise_on == "all":
         return magnitude
     if labels is None:
-        raise ValueError(f"noise_on={noise_on!r} needs labels")
+        raise ValueError(
+            f"noise_on={noise_on!r} needs labels of the shape of input_ids, but there are none; a Trainer that computes the "
+            "loss itself takes them out of the batch"
+        )
     _check_device("labels", labels, input_ids)
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels must have the shape of input_ids, {list(input_ids.shape)}, not {list(labels.shape)}")

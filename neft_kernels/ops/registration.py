@@ -29,7 +29,7 @@ _SCHEMAS = {
 _BACKENDS_OF = {"noisy_embedding": BACKENDS, "add_noise": BACKENDS, "token_magnitude": ("triton", "cpu")}
 
 
-# --- fakes: what an op returns, without its values --------------------------------------------------------------------
+# --- fakes: what an op returns, without its values -------------------------------------------------------------------
 
 
 def _fake_noisy_embedding(input_ids: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -53,7 +53,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# --- implementations in Python; those in C++ register themselves when the extension is loaded -------------------------
+# --- implementations in Python; those in C++ register themselves when the extension is loaded ------------------------
 
 
 def implementation(op: str, backend: str) -> Callable[..., Tensor]:
@@ -75,20 +75,24 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
     On accelerators values are not looked at, because the host would wait for the device.
     """
 
-    def noisy_embedding(input_ids: Tensor, weight: Tensor, seed: Tensor, token_magnitude: Tensor | None, *rest: Any) -> Tensor:
-        on_cpu = input_ids.device.type == "cpu"
-        if on_cpu:
-            check_magnitude_values(token_magnitude, rest[0])
-        if on_cpu or switches.check_ids:
+    def check(data: Tensor, token_magnitude: Tensor | None, magnitude: float) -> None:
+        if data.device.type == "cpu":
+            check_magnitude_values(token_magnitude, magnitude)
+
+    def noisy_embedding(
+        input_ids: Tensor, weight: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, *rest: Any
+    ) -> Tensor:
+        check(input_ids, token_magnitude, magnitude)
+        if input_ids.device.type == "cpu" or switches.check_ids:
             check_id_values(input_ids, weight.shape[0])
-        return compute(input_ids, weight, seed, token_magnitude, *rest)
+        return compute(input_ids, weight, seed, token_magnitude, magnitude, *rest)
 
-    def add_noise(embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, *rest: Any) -> Tensor:
-        if embeds.device.type == "cpu":
-            check_magnitude_values(token_magnitude, rest[0])
-        return compute(embeds, seed, token_magnitude, *rest)
+    def add_noise(embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, *rest: Any) -> Tensor:
+        check(embeds, token_magnitude, magnitude)
+        return compute(embeds, seed, token_magnitude, magnitude, *rest)
 
-    return {"noisy_embedding": noisy_embedding, "add_noise": add_noise}.get(op, compute)
+    checked: dict[str, Callable[..., Tensor]] = {"noisy_embedding": noisy_embedding, "add_noise": add_noise}
+    return checked.get(op, compute)
 
 
 _library = torch.library.Library("neft_kernels", "DEF")
