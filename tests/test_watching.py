@@ -245,7 +245,6 @@ UNUSABLE = {
     "a mask of one row for all": (IDS, {"attention_mask": MASK[:1]}),
     "a mask that is too short": (IDS, {"attention_mask": MASK[:, :3]}),
     "a mask of queries and keys": (IDS, {"attention_mask": torch.ones(2, 1, 4, 9)}),
-    "a mask elsewhere": (IDS, {"attention_mask": MASK.to("meta")}),
     "positions with a prefix": (IDS, {"position_ids": torch.arange(6).expand(2, 6)}),
     "positions of three kinds": (IDS, {"position_ids": torch.arange(4).expand(3, 2, 4)}),
     "positions for another batch": (IDS, {"position_ids": torch.arange(4).expand(3, 4)}),
