@@ -1,0 +1,178 @@
+"""The README and the pages of docs/ are short enough, link to what exists, run, and name what there is."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from neft_kernels import describe, replace_embeddings
+
+REPOSITORY = Path(__file__).parent.parent
+README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+MAX_README_LINES = 150
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: Of a link or a picture: [text](target).
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+name_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+
+
+def blocks(page, language):
+    return [body for found, body in FENCE.findall(page.read_text()) if found == language]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = HEADING.findall(FENCE.sub("", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page):
+    links = LINK.findall(FENCE.sub("", page.read_text()))
+    broken = []
+    for link in links:
+        if re.match(r"https?:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def read_variables(source):
+    """The environment variables that Python `source` reads or gives a default, by name."""
+    tree = ast.parse(source)
+    constants = {
+        target.id: node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        key = None
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+            key = node.slice
+        elif isinstance(node, ast.Call) and re.fullmatch(r"os\.(environ\.\w+|getenv)", ast.unparse(node.func)):
+            key = node.args[0] if node.args else None
+        elif isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]) == "os.environ":
+            key = node.left
+        if key is not None:
+            found.add(constants[key.id] if isinstance(key, ast.Name) else ast.literal_eval(key))
+    return found
+
+
+def make_targets():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    return set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE).group(1).split())
+
+
+def named_targets(page):
+    return set(re.findall(r"`make ([a-z][a-z-]*)", page.read_text())) | {
+        target for body in blocks(page, "sh") for target in re.findall(r"^make ([a-z-]+)", body, re.MULTILINE)
+    }
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= MAX_README_LINES
+
+
+@name_of
+def test_links_lead_somewhere(page):
+    """To a file of the repository, and to a heading in it where the link names one."""
+    assert broken_links(page) == []
+
+
+def test_a_link_to_nowhere_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One two\n[a](#one-two) [b](page.md#one-two) [c](#three) [d](missing.md) [e](https://example.org)\n"
+    )
+    assert broken_links(page) == ["#three", "missing.md"]
+
+
+def tiny_llama():
+    """A model, and a batch of 16 and of 4 tokens."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, pad_token_id=0))
+    input_ids, attention_mask = torch.randint(1, 1000, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
+    input_ids[1, 4:] = attention_mask[1, 4:] = 0
+    return model.train(), {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def training_step(model, batch):
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+
+
+@name_of
+def test_snippets_run(page, tmp_path):
+    """In order, with a training step after each."""
+    model, batch = tiny_llama()
+    names = {
+        **batch,
+        "model": model,
+        "dataset": [{"input_ids": ids, "labels": ids} for ids in batch["input_ids"]],
+        "args": TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to=[]),
+    }
+    for number, snippet in enumerate(blocks(page, "python")):
+        exec(compile(snippet, f"{page.name}, snippet {number}", "exec"), names)
+        training_step(model, batch)
+
+
+def test_describe_prints_what_the_readme_shows():
+    """But for the backend, which depends on the machine."""
+    model, batch = tiny_llama()
+    replace_embeddings(model, alpha=5.0)
+    training_step(model, batch)
+    shown = re.search(r"<!-- describe -->\n```\n(.*?)\n```", README.read_text(), re.DOTALL).group(1)
+    backend = re.compile(r"(?<=backend ')\w+(?=')")
+    assert backend.sub("", shown) == backend.sub("", str(describe(model)))
+
+
+@name_of
+def test_programs_in_commands_exist(page):
+    named = {path for body in blocks(page, "sh") for path in re.findall(r"(?<![\w./-])[\w/]+\.py\b", body)}
+    assert [path for path in sorted(named) if not (REPOSITORY / path).is_file()] == []
+
+
+def test_every_switch_is_in_the_docs_and_no_other():
+    sources = [REPOSITORY / "setup.py", *(REPOSITORY / "neft_kernels").rglob("*.py")]
+    read = set().union(*(read_variables(source.read_text()) for source in sources))
+    rows = re.findall(r"^\| `(\w+)` \|", (REPOSITORY / "docs" / "switches.md").read_text(), re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == read
+
+
+def test_every_way_to_read_a_switch_is_found():
+    source = """
+    import os
+    NAME = "A"
+    os.environ.get(NAME, "0"), os.environ["B"], os.getenv("C"), os.environ.setdefault("D", "1"), "E" in os.environ
+    """
+    assert read_variables("\n".join(line.strip() for line in source.splitlines())) == set("ABCDE")
+
+
+@name_of
+def test_targets_of_make_exist(page):
+    assert named_targets(page) <= make_targets()
+
+
+def test_every_target_of_make_is_described():
+    assert named_targets(CONTRIBUTING) == make_targets()
+
+
+def test_extras_exist():
+    declared = (REPOSITORY / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    declared = set(re.findall(r"^(\w+) = \[", declared.partition("\n[tool")[0], re.MULTILINE))
+    named = set(re.findall(r"`(?:neft-kernels)?\[(\w+)\]`", README.read_text()))
+    assert "huggingface" in named
+    assert named <= declared
