@@ -1,6 +1,6 @@
 """Which tile is the fastest on this GPU? Tries sizes of tiles, numbers of warps and of registers of the Triton kernel.
 
-    make tune-gpu          # or: python benchmarks/tune_gpu.py
+    make tune-gpu          # or: python -m benchmarks.tune_gpu
 
 Each is verified bit for bit, then all are timed in turns, with a cold L2; see gpu_timing.py. Prints the share of a copy's
 bandwidth that each reaches, and appends to ``results/gpu_tuning.jsonl``. The constants are in triton_backend.py.
@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import records
 import torch
-from gpu import batches
-from gpu_timing import Timer, copy_bandwidth, interleaved
 from torch import Tensor
-from variants import PASSES, Shape
 
+from benchmarks import records
+from benchmarks.gpu import batches
+from benchmarks.gpu_timing import Timer, copy_bandwidth, interleaved
+from benchmarks.variants import PASSES, Shape
 from neft_kernels import noisy_embedding, triton_backend
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="folder of the records (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks/tune_gpu.py needs a GPU, and torch finds none here", file=sys.stderr)
+        print("the tuner needs a GPU, and torch finds none here", file=sys.stderr)
         return 1
     timer = Timer()
     ceiling = copy_bandwidth(timer)

@@ -5,8 +5,9 @@ On every dtype, width, shape, stride, seed, stream, offset and magnitude; every 
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS, DTYPES, HAS_GPU, equal_bits
 
+from helpers.bits import equal_bits
+from helpers.devices import CPU_BACKENDS, DTYPES, HAS_GPU
 from neft_kernels import add_noise, noisy_embedding, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

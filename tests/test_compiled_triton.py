@@ -6,15 +6,16 @@ and seeds, is for the other tests, which `make test` runs there too.
 
 import math
 
-import independent
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, equal_bits, gpu
-from emulated_gpu.accesses import SECTOR_BYTES
-from emulated_gpu.arithmetic import Unsupported
-from emulated_gpu.driver import Window
 
+from gpu_doubles.emulated_gpu.accesses import SECTOR_BYTES
+from gpu_doubles.emulated_gpu.arithmetic import Unsupported
+from gpu_doubles.emulated_gpu.driver import Window
+from helpers import independent
+from helpers.bits import equal_bits
+from helpers.devices import DTYPES, gpu
 from neft_kernels import noise_magnitude, reference, triton_backend, triton_magnitude
 
 SEED = torch.tensor([2**40 + 7])

@@ -7,11 +7,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import equal_bits
-from small_models import IDS, LLAMA_INPUTS, MASK, WEIGHT, differing, gradients, noisy_llama, noisy_module, seeded
-from test_trainer import model, rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from helpers.bits import differing, equal_bits
+from helpers.models import IDS, LLAMA_INPUTS, MASK, WEIGHT, gradients, llama, noisy_llama, noisy_module, rows, seeded
 from neft_kernels import NEFTuneCallback, describe, noisy_embedding, ops, patch_transformers
 
 
@@ -32,7 +31,7 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path, how):
     """A run that stops at a checkpoint and goes on in a new Trainer ends with the weights of one that does not stop."""
 
     def train(folder, stop_at=None, resume=False):
-        network = noisy_llama() if how == "replace_embeddings" else model()
+        network = noisy_llama() if how == "replace_embeddings" else llama()
         option = {"neftune_noise_alpha": 5.0} if how == "patch_transformers" else {}
         arguments = TrainingArguments(
             str(tmp_path / folder),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, equal_bits
-from cuda_emulation import (
+
+from gpu_doubles.cuda_emulation import (
     ELEMENTS,
     IDENTITIES,
     LAYOUTS,
@@ -25,7 +25,8 @@ from cuda_emulation import (
     pointer,
     table,
 )
-
+from helpers.bits import equal_bits
+from helpers.devices import DTYPES
 from neft_kernels import reference
 
 KNOWN_ANSWERS = json.loads((Path(__file__).parent / "vectors" / "philox4x32_10.json").read_text())

@@ -174,7 +174,13 @@ def test_the_source_distribution_has_what_its_readme_and_its_tests_name(source_d
     readme = (source_distribution / "README.md").read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", readme)
     assert len(links) > 5
-    for name in (*links, "Makefile", "tools/check_gpu.py", "benchmarks/report.py", "examples/instruction_tuning.py"):
+    for name in (
+        *links,
+        "Makefile",
+        "tools/check_gpu.py",
+        "benchmarks/report.py",
+        "examples/instruction_tuning/train.py",
+    ):
         assert (source_distribution / name).exists(), name
 
 

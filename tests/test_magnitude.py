@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from helpers.devices import CPU_BACKENDS
 from neft_kernels import noise_magnitude, ops
 
 D, ALPHA = 16, 5.0

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.devices import CPU_BACKENDS
 from neft_kernels import NEFTuneEmbedding, describe, noise_magnitude, noisy_embedding, ops, replace_embeddings
 
 IDS = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])

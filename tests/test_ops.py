@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.devices import CPU_BACKENDS
 from neft_kernels import add_noise, available_backends, noisy_embedding, ops
 from neft_kernels.ops import OVERLOADS
 

@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 import transformers
-from test_huggingface import build
 from torch import nn
 
+from helpers.models import build
 from neft_kernels import describe, replace_embeddings, set_alpha
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])

@@ -1,7 +1,7 @@
 """Compiles every GPU kernel for every GPU that it is meant for, and looks at the machine code. Needs no GPU.
 
-    python tools/check_gpu.py            about five minutes on two processors
-    python tools/check_gpu.py --quick    two GPUs, fewer element types
+    python -m tools.check_gpu            about five minutes on two processors
+    python -m tools.check_gpu --quick    two GPUs, fewer element types
 
 Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
 that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
@@ -28,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from machine_code import MachineCode, disassemble, from_amdgcn
+from tools.machine_code import MachineCode, disassemble, from_amdgcn
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090
