@@ -86,9 +86,9 @@ def sentence(found: dict[str, Record]) -> str:
     record = found[shape]
     median = {name: values[1] for name, values in record["forward"].items()}
     ratios = [f"ours / plain {median['ours'] / median['plain']:.2f}"]
-    ratios += [
-        f"{name} / ours {median[name] / median['ours']:.1f}" for name in ("hook", "hook, compiled") if name in median
-    ]
+    for name, title in (("hook", "hook"), ("hook, compiled", "compiled hook")):
+        if name in median:
+            ratios.append(f"{title} / ours {median[name] / median['ours']:.1f}")
     return (
         f"On one {record['device']}, {shape}: {', '.join(ratios)}, {share_of_copy(record, 'ours'):.0%} of a copy's bandwidth "
         "([GPU table](docs/performance.md#gpu))."

@@ -276,9 +276,11 @@ def section(results: Results, preset: str) -> str:
             "Rows with alpha 0 show means; the other rows show differences to them, bold where they are an effect. Losses are "
             f"in nats per answer token, on {min(settings['loss_pairs'], pretraining['held_out_pairs'])} held-out and "
             f"{settings['loss_pairs']} training pairs. The other outcomes are those of greedy answers, of at most "
-            f"{settings['answer_tokens']} tokens, to {settings['answered_pairs']} held-out questions. The reference answers have "
+            f"{settings['answer_tokens']} tokens, to {settings['answered_pairs']} held-out questions. The "
+            "reference answers have "
             f"{references['answer_tokens']:.1f} tokens and {100 * references['repeated_4grams']:.1f} % repeated 4-grams; "
-            f"{100 * references['leaked_8grams']:.1f} % of their 8-grams occur in the training answers. The standard deviation "
+            f"{100 * references['leaked_8grams']:.1f} % of their 8-grams occur in the training answers. The "
+            "standard deviation "
             f"of the embeddings after pretraining is {pretraining['embedding_std']:.3f}. Measured on {any_record['device']}, "
             f"commit {any_record['commit']}; `make effect` repeats the experiment, and "
             "[the records](../experiments/effect/results/effect.jsonl) contain each run.",

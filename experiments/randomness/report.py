@@ -156,7 +156,8 @@ def about_tests(records: dict[str, Record]) -> str:
         "[plan](../experiments/randomness/plan.py) is fixed before they see the noise. They test the distribution, moments, "
         "correlation along columns, across tokens and at any shift of both, the two-dimensional spectrum, and what "
         "neighbouring seeds, streams and steps, and tokens 2^32 apart, have in common. For each element type they use "
-        f"{elements / 1e6:.0f} million elements and {pairs / 1e6:.0f} million pairs of related ones. At a family-wise level of "
+        f"{elements / 1e6:.0f} million elements and {pairs / 1e6:.0f} million pairs of related ones. At a "
+        "family-wise level of "
         f"0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} ({smallest['type']}, {smallest['test']}).\n\n"
         "The tests can fail. Applied to smaller samples of noise that is broken on purpose, this many of them reject: "
         f"{caught}. They do not find everything: {uncaught}, a Philox that keeps its key in all rounds, passes; the known "
@@ -171,7 +172,8 @@ def about_control(record: Record, control: Record) -> str:
     theirs = [test["p"] for test in control["tests"]]
     high = [sum(p > 0.9 for p in each) for each in (ours, theirs)]
     return (
-        f" Many of its p-values are above 0.9. That is a property of dieharder: of the {len(theirs)} p-values of rgb_bitdist and "
+        f" Many of its p-values are above 0.9. That is a property of dieharder: of the {len(theirs)} p-values "
+        "of rgb_bitdist and "
         "rgb_lagged_sum that were also computed for dieharder's own AES generator, "
         f"{high[0]} are above 0.9 here, and {high[1]} there."
     )
@@ -185,7 +187,8 @@ def about_battery(record: Record, control: Record | None) -> str:
     return (
         f"dieharder {record['version']} (`{record['command']}`) read {record['bytes'] / 1e9:.0f} GB of the raw words, in the "
         f"order in which bf16 training steps of width 4096 use them. Of {len(verdicts)} p-values {count['PASSED']} passed, "
-        f"{count['WEAK']} are weak and {count['FAILED']} failed. One in a hundred is expected to be weak, below 0.005 or above "
+        f"{count['WEAK']} are weak and {count['FAILED']} failed. One in a hundred is expected to be weak, below "
+        "0.005 or above "
         "0.995" + (f"; here: {named}." if named else ".") + (about_control(record, control) if control else "")
     )
 
@@ -211,9 +214,11 @@ def about_rounding(record: Record) -> str:
         "elements change, and the remaining noise correlates with the noise before rounding by "
         f"{usual['correlation']:.4f}. With a standard deviation of 1 and 8192 tokens, {large['changed']:.0%} change and the "
         f"correlation is {large['correlation']:.2f}; in fp16 it is {large_fp16['correlation']:.2f}. **The Hugging Face hook "
-        f"keeps just as much**: over the whole picture the correlations differ by at most {apart:.4f}, although the hook rounds "
+        f"keeps just as much**: over the whole picture the correlations differ by at most {apart:.4f}, although "
+        "the hook rounds "
         "the noise before it adds it. The difference is in the mean. torch draws the hook's noise from [-m, m), and in bf16 "
-        f"the missing end shows: its mean on this CPU is {hook_mean}. The mean of our noise is within {our_mean} of zero, with "
+        f"the missing end shows: its mean on this CPU is {hook_mean}. The mean of our noise is within "
+        f"{our_mean} of zero, with "
         f"a standard error of {error:.4f} m. We know of no effect of this on training."
     )
 
