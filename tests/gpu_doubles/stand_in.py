@@ -194,7 +194,7 @@ class CUDAGraph:
 
 @contextlib.contextmanager
 def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
-    """Until it ends, "cuda" is a device that is there. Triton has to run on the emulated GPU, see conftest.py."""
+    """Until it ends, "cuda" is a device that is there. Triton has to run on the emulated GPU, see helpers/devices.py."""
     device = Device()
     compile_for_real = torch.compile
 
