@@ -3,7 +3,7 @@
     make tune-gpu          # or: python -m benchmarks.tune_gpu
 
 Each is verified bit for bit, then all are timed in turns, with a cold L2; see gpu_timing.py. Prints the share of a copy's
-bandwidth that each reaches, and appends to ``results/gpu_tuning.jsonl``. The constants are in triton_backend.py.
+bandwidth that each reaches, and appends to ``results/gpu_tuning.jsonl``. The constants are in triton_noise.py.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from benchmarks import records
 from benchmarks.gpu import batches
 from benchmarks.gpu_timing import Timer, copy_bandwidth, interleaved
 from benchmarks.variants import PASSES, Shape
-from neft_kernels import noisy_embedding, triton_backend
+from neft_kernels import noisy_embedding
+from neft_kernels.ops import triton_noise
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = (
@@ -44,18 +45,18 @@ Tile = tuple[int, int, int | None]  # vectors, warps, registers
 @contextlib.contextmanager
 def launched_as(tile: Tile) -> Iterator[None]:
     """Within this context the kernel is compiled and launched for `tile`."""
-    before, kept = [getattr(triton_backend, name) for name in _CONSTANTS], triton_backend._compiled
+    before, kept = [getattr(triton_noise, name) for name in _CONSTANTS], triton_noise._compiled
     for name, value in zip(_CONSTANTS, tile, strict=True):
-        setattr(triton_backend, name, value)
-    triton_backend._compiled = _compiled_for.setdefault(tile, {})
-    triton_backend._tile.cache_clear()
+        setattr(triton_noise, name, value)
+    triton_noise._compiled = _compiled_for.setdefault(tile, {})
+    triton_noise._tile.cache_clear()
     try:
         yield
     finally:
         for name, value in zip(_CONSTANTS, before, strict=True):
-            setattr(triton_backend, name, value)
-        triton_backend._compiled = kept
-        triton_backend._tile.cache_clear()
+            setattr(triton_noise, name, value)
+        triton_noise._compiled = kept
+        triton_noise._tile.cache_clear()
 
 
 _CONSTANTS = ("TILE_VECTORS", "NUM_WARPS", "MAX_REGISTERS")

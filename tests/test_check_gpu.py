@@ -163,11 +163,11 @@ def test_each_guard_alone(tool, sentence):
     ],
 )
 def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
-    from neft_kernels import triton_backend
+    from neft_kernels.ops import triton_noise
 
-    rows, vectors, grid = triton_backend._tile(embedding_dim, element_size)
+    rows, vectors, grid = triton_noise._tile(embedding_dim, element_size)
     assert (rows, vectors, grid) == expected
-    assert rows * vectors == triton_backend.TILE_VECTORS
+    assert rows * vectors == triton_noise.TILE_VECTORS
 
 
 AMDGCN = """

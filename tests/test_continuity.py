@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers.bits import differing, equal_bits
 from helpers.models import IDS, LLAMA_INPUTS, MASK, WEIGHT, gradients, llama, noisy_llama, noisy_module, rows, seeded
-from neft_kernels import NEFTuneCallback, describe, noisy_embedding, ops, patch_transformers
+from neft_kernels import NEFTuneCallback, describe, noisy_embedding, patch_transformers
+from neft_kernels.ops.registration import OVERLOADS
 
 
 def schedule(step):
@@ -132,7 +133,7 @@ def test_a_failed_pass_leaves_everything_usable(monkeypatch, where):
     with monkeypatch.context() as patch:
         if where == "in the op":
             backend = describe(network)[0].backend
-            patch.setitem(ops.OVERLOADS["noisy_embedding"], backend, fail)
+            patch.setitem(OVERLOADS["noisy_embedding"], backend, fail)
         elif where == "before the embedding":
             handle = network.get_input_embeddings().register_forward_pre_hook(fail)
         elif where == "in a layer":
@@ -159,7 +160,7 @@ def test_a_failed_pass_draws_at_most_its_own_seed(monkeypatch):
     """The generator is where a pass that did not fail would have left it."""
     module, fresh = noisy_module(), noisy_module()
     with monkeypatch.context() as patch:
-        patch.setitem(ops.OVERLOADS["noisy_embedding"], describe(module)[0].backend, fail)
+        patch.setitem(OVERLOADS["noisy_embedding"], describe(module)[0].backend, fail)
         with pytest.raises(torch.OutOfMemoryError):
             seeded(module, IDS)
     state = torch.get_rng_state()

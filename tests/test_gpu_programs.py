@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_timing, records, tune_gpu, variants
-from neft_kernels import triton_backend
+from neft_kernels.ops import triton_noise
 from tools import sanitize_gpu
 
 ROOT = Path(__file__).parent.parent
@@ -264,7 +264,7 @@ def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, 
     monkeypatch.setattr(tune_gpu, "_compiled_for", {})
 
     def constants():
-        return [getattr(triton_backend, name) for name in tune_gpu._CONSTANTS], triton_backend._tile(600, 2)
+        return [getattr(triton_noise, name) for name in tune_gpu._CONSTANTS], triton_noise._tile(600, 2)
 
     before = constants()
     assert tune_gpu.main(["--rounds", "2", "--results", str(results)]) == 0

@@ -19,7 +19,7 @@ from neft_kernels import (
     restore_embeddings,
     set_alpha,
 )
-from neft_kernels.sequences import Sequences
+from neft_kernels.models.batch import EMPTY_BATCH
 
 
 def noise_in(model, inputs):
@@ -225,7 +225,7 @@ def test_an_error_in_forward_leaves_no_masks_behind():
     bad["input_ids"] = bad["input_ids"] + 100
     with pytest.raises(IndexError, match="input_ids"):
         model(**bad)
-    assert model.model.embed_tokens.noise.settings.passes.sequences == Sequences()
+    assert model.model.embed_tokens.noise.model.passes.batch is EMPTY_BATCH
     (noise,) = noise_in(model, batch()).values()
     assert (noise[0, 4:] == 0).all()
 
@@ -263,7 +263,7 @@ def test_the_outer_masks_are_back_when_an_inner_module_returns():
     assert torch.equal((inside != plain).any(-1), mask.roll(1, -1).bool())
     assert torch.equal((outside != plain).any(-1), mask.bool())
     # A copy made in the middle of a pass has nothing of that pass.
-    assert model.copied.embedding.noise.settings.passes.sequences == Sequences()
+    assert model.copied.embedding.noise.model.passes.batch is EMPTY_BATCH
 
 
 def test_modules_built_noisy_are_copied_with_settings_of_their_own():

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import neft_kernels
-from neft_kernels.native_backend import load
+from neft_kernels.ops.native import load
 
 REPOSITORY = Path(__file__).parent.parent
 VECTORS = REPOSITORY / "tests" / "vectors" / "contract_vectors.json"

@@ -19,7 +19,9 @@ from experiments.randomness import battery, rounding, uniformity
 from experiments.randomness import run as randomness
 from experiments.randomness.plan import PAIR_TESTS, RELATIONS, TESTS, Sizes, make_plan, related
 from experiments.randomness.sources import BEYOND_STATISTICS, BROKEN, Source, bits_of, broken
-from neft_kernels import ops, reference
+from neft_kernels.ops import reference
+from neft_kernels.ops.autograd import draw_seed
+from neft_kernels.ops.registration import OVERLOADS
 
 SIZES = Sizes(steps=1, tokens=1024, columns=640, pairs=64, pair_tokens=16, pair_columns=64)
 LEVEL = 1e-9 / (len(TESTS) + len(RELATIONS) * len(PAIR_TESTS))
@@ -90,7 +92,7 @@ def test_seeds_are_those_that_the_package_draws():
     seeds = battery.draw_seeds(3)
     torch.manual_seed(5)
     out = [
-        ops.OVERLOADS["add_noise"]["reference"](torch.zeros(2, 8), ops.draw_seed(torch.device("cpu")), None, 1.0, 0, 0)
+        OVERLOADS["add_noise"]["reference"](torch.zeros(2, 8), draw_seed(torch.device("cpu")), None, 1.0, 0, 0)
         for _ in seeds
     ]
     for seed, noise in zip(seeds, out, strict=True):

@@ -28,7 +28,7 @@ from neft_kernels import (
     restore_embeddings,
     set_alpha,
 )
-from neft_kernels.noise import Noise
+from neft_kernels.models.noise import EmbeddingNoise
 
 
 def trainer(tmp_path, network, callbacks=(), cls=Trainer, **options):
@@ -426,7 +426,7 @@ def test_the_log_of_a_schedule_and_of_what_could_not_be_used(caplog):
 def test_magnitudes_are_read_only_for_a_log_that_is_kept(caplog, monkeypatch):
     """On a GPU reading them waits for the device."""
     read = []
-    monkeypatch.setattr(Noise, "bounds", lambda noise: read.append(noise))
+    monkeypatch.setattr(EmbeddingNoise, "bounds", lambda noise: read.append(noise))
     for level, reads in ((logging.WARNING, 0), (logging.INFO, 1)):
         with caplog.at_level(level, logger="neft_kernels"):
             replace_embeddings(llama(), alpha=5.0)(torch.arange(3, 12)[None])

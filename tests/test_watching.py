@@ -254,7 +254,6 @@ UNUSABLE = {
     "boundaries of nothing": (ONE_ROW, {"cu_seq_lens_q": torch.tensor([0])}),
     "more sequences than tokens": (ONE_ROW, {"cu_seq_lens_q": torch.arange(10)}),
     "boundaries of two rows": (ONE_ROW, {"cu_seq_lens_q": torch.tensor([[0, 3, 8], [0, 3, 8]])}),
-    "labels that are shifted": (IDS, {"labels": IDS[:, 1:]}),
 }
 
 

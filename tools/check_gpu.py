@@ -166,21 +166,21 @@ def machine_code(target_name: str, launch: Callable[[], object], options: dict[s
 def check_triton(target_name: str, dtype_name: str, width: int, options: dict[str, Any]) -> list[Kernel]:
     import torch
 
-    from neft_kernels import triton_backend
+    from neft_kernels.ops import triton_noise
 
     rows, seed = torch.zeros(64, width, dtype=getattr(torch, dtype_name)), torch.zeros(1, dtype=torch.int64)
     launches: dict[tuple[str, str], Callable[[], object]] = {}
     for magnitude, per_token in (("one magnitude", None), ("one per token", torch.zeros(64))):
         noise = (seed, per_token, 0.1, 0, 0)
-        launches["add_noise", magnitude] = partial(triton_backend.add_noise, rows, *noise)
+        launches["add_noise", magnitude] = partial(triton_noise.add_noise, rows, *noise)
         for ids_name in ("int64", "int32"):
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
-            launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, rows, *noise)
+            launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
     # Where no vector fits; and where a row is narrower than one.
     for variant, odd in (("unaligned", rows[:, 1 : width - 1 : 2]), ("unaligned column", rows[:, :1].contiguous())):
-        launches["add_noise", variant] = partial(triton_backend.add_noise, odd, *noise)
-        launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, odd, *noise)
+        launches["add_noise", variant] = partial(triton_noise.add_noise, odd, *noise)
+        launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, odd, *noise)
 
     kernels = []
     for (op, variant), launch in launches.items():
@@ -193,7 +193,7 @@ def check_magnitude(target_name: str) -> list[str]:
     """What is wrong with the kernel for magnitudes, which has no budget: it has to compile, and neither spill nor wait."""
     import torch
 
-    from neft_kernels import triton_magnitude
+    from neft_kernels.ops import triton_magnitude
 
     found = []
     zeros = torch.zeros(4, 5000, dtype=torch.int64)

@@ -21,7 +21,8 @@ from typing import IO, Any
 
 import torch
 
-from neft_kernels import ops, reference
+from neft_kernels.ops import reference
+from neft_kernels.ops.autograd import draw_seed
 
 HERE = Path(__file__).parent
 COMMAND = ("dieharder", "-a", "-g", "200")  # all tests; raw words from stdin, which is never rewound
@@ -33,7 +34,7 @@ STEPS = 1 << 16  # 2 TB of words, ten times what dieharder reads
 
 def draw_seeds(count: int) -> list[int]:
     """Seeds of `count` steps, drawn from torch's generator as the package draws them."""
-    return [int(ops.draw_seed(torch.device("cpu"))) for _ in range(count)]
+    return [int(draw_seed(torch.device("cpu"))) for _ in range(count)]
 
 
 def build(to: Path) -> Path:

@@ -8,7 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from neft_kernels import add_noise, reference
+from neft_kernels import add_noise
+from neft_kernels.ops import reference
 
 _WORD_MASK = 0xFFFFFFFF
 

@@ -21,7 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
-from neft_kernels import ops, reference
+from neft_kernels.ops.backends import extensions, forget_choices, switches
+from neft_kernels.ops.registration import implementation as implementation_of
+from neft_kernels.ops.registration import with_checks
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 _NO_NUMPY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
@@ -110,9 +112,9 @@ class Device(TorchFunctionMode):
         if backend == "cuda":
             return _by_the_cpu(op, args)
         if op == "token_magnitude" and backend == "triton":
-            implementation: Callable[..., Tensor] = ops._token_magnitude
+            implementation: Callable[..., Tensor] = implementation_of(op, "triton")
         elif backend in ("triton", "reference"):
-            implementation = ops._checked(ops._triton(op) if backend == "triton" else getattr(reference, op), op)
+            implementation = with_checks(op, implementation_of(op, "triton" if backend == "triton" else "reference"))
         else:
             raise NotImplementedError(f"Could not run '{func}' with arguments from the 'CUDA' backend")
         self.inside_an_op = True
@@ -259,7 +261,8 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
     try:
         with (
             mock.patch.multiple(torch.cuda, **replaced),
-            mock.patch.multiple(ops, _INTERPRET_TRITON=False, _cuda_extension=ops._cpu_extension),
+            mock.patch.object(switches, "interpret_triton", False),
+            mock.patch.dict(extensions, cuda=extensions["cpu"]),
             mock.patch.object(torch, "compile", compiled),
             device,
         ):
@@ -270,5 +273,4 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
 
 def _forget_choices() -> None:
     """Of backends, which depend on the devices that there are."""
-    ops._chosen.clear()
-    ops.magnitude_kernel.cache_clear()
+    forget_choices()

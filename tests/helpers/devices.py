@@ -15,11 +15,11 @@ if not HAS_GPU and not EMULATED_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 from gpu_doubles.emulated_gpu.driver import emulated_gpu  # noqa: E402
-from neft_kernels import ops  # noqa: E402
+from neft_kernels.ops.backends import extensions, switches  # noqa: E402
 
 _for_the_session = contextlib.ExitStack()
 if EMULATED_GPU:
-    ops._INTERPRET_TRITON = True  # so that CPU tensors are Triton's too
+    switches.interpret_triton = True  # so that CPU tensors are Triton's too
     gpu = _for_the_session.enter_context(emulated_gpu(int(EMULATED_GPU)))
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -40,9 +40,9 @@ def capped(instruction_set):
     if instruction_set is None:
         yield
         return
-    before = ops._cpu_extension.instruction_set()
-    ops._cpu_extension.cap_instruction_set(instruction_set)
+    before = extensions["cpu"][0].instruction_set()
+    extensions["cpu"][0].cap_instruction_set(instruction_set)
     try:
         yield
     finally:
-        ops._cpu_extension.cap_instruction_set(before)
+        extensions["cpu"][0].cap_instruction_set(before)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from neft_kernels import reference
+from neft_kernels.ops import reference
 
 ROOT = Path(__file__).parents[3]
 ELEMENTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of emulation.cpp

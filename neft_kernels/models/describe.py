@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neft_kernels import ops
-from neft_kernels.distributed import is_dtensor
-from neft_kernels.modules import NEFTuneEmbedding
-from neft_kernels.noise import Noise
-from neft_kernels.placing import noisy_modules
+from neft_kernels.models.embedding import NEFTuneEmbedding
+from neft_kernels.models.noise import EmbeddingNoise
+from neft_kernels.models.replace import noisy_modules
+from neft_kernels.models.sharding import is_dtensor
+from neft_kernels.ops.backends import choose_backend
 
 __all__ = ["EmbeddingReport", "Report", "describe"]
 
@@ -58,34 +58,40 @@ class Report(tuple[EmbeddingReport, ...]):
 
 
 def describe(model: nn.Module) -> Report:
-    """Which embeddings of `model` are noisy, how, and whether the noise is on at this moment. Waits for the device."""
-    return Report(_report(name, module, noise) for name, module, noise in noisy_modules(model))
+    """Which embeddings of `model` are noisy, how, and whether the noise is on at this moment. Waits for the device.
+
+    Of several embeddings that share a table, those that were never called are left out once another one was called. T5 names
+    its `shared` table, but calls those of its encoder and its decoder.
+    """
+    noisy = list(noisy_modules(model))
+    called = {table for _, module, noise in noisy if noise.last_magnitude is not None for table in module.parameters()}
+    return Report(
+        _report(name, module, noise)
+        for name, module, noise in noisy
+        if noise.last_magnitude is not None or called.isdisjoint(module.parameters())
+    )
 
 
-def _report(name: str, module: nn.Module, noise: Noise) -> EmbeddingReport:
-    settings = noise.settings
+def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
+    model, options = noise.model, noise.model.options
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    state = noise.state(module)
     return EmbeddingReport(
         name=name or "(the model itself)",
         module=type(module).__name__,
         strategy="fused" if _is_fused(module, noise) else "add_noise",
-        alpha=settings.current_alpha(),
-        scale_by=settings.scale_by,
-        noise_on=settings.noise_on,
-        stream=settings.stream,
-        backend=ops.choose_backend(device, settings.backend),
-        state=_state(module, noise),
+        alpha=model.alpha.now(),
+        scale_by=options.scale_by,
+        noise_on=options.noise_on,
+        stream=options.stream,
+        backend=choose_backend(device, options.backend),
+        state="off: alpha is 0" if state == "on" and model.alpha.now() == 0 else state,
         last_magnitude=noise.bounds(),
-        note="; ".join(filter(None, (noise.standing_note, noise.note, MISSED if settings.passes.missed else ""))),
+        note="; ".join(filter(None, (noise.standing_note, noise.note, MISSED if model.coverage.missed else ""))),
     )
 
 
-def _state(module: nn.Module, noise: Noise) -> str:
-    state = noise.state(module)
-    return "off: alpha is 0" if state == "on" and noise.settings.current_alpha() == 0 else state
-
-
-def _is_fused(module: nn.Module, noise: Noise) -> bool:
+def _is_fused(module: nn.Module, noise: EmbeddingNoise) -> bool:
     if not isinstance(module, NEFTuneEmbedding):
         return False
-    return not (is_dtensor(module.weight) if noise.table_was_spread is None else noise.table_was_spread)
+    return not (is_dtensor(module.weight) if noise.table_was_sharded is None else noise.table_was_sharded)

@@ -1,11 +1,9 @@
-"""Noise in the embeddings of Hugging Face models, and out again.
+"""Puts noise into the embeddings of a model, and takes it out again.
 
-An embedding that is a plain ``nn.Embedding`` becomes a :class:`NEFTuneEmbedding` by a change of its class, in place: the
-module, its name, its hooks, its parameters and their ties stay what they are. Any other embedding (scaled, wrapped,
-quantised ...) keeps its own forward, and a forward hook adds the noise to what it returns.
-
-The lengths of the sequences reach the embedding through hooks on the modules around it, which note the masks and positions
-they are called with.
+A plain ``nn.Embedding`` becomes a :class:`NEFTuneEmbedding` by a change of its class, in place. The module, its name, hooks,
+parameters and ties stay what they are. Any other embedding (scaled, wrapped, quantised ...) keeps its own forward, and a
+forward hook adds the noise to its output. Hooks on the modules around the embeddings read the batch, see
+:mod:`neft_kernels.models.batch`.
 """
 
 import contextlib
@@ -14,16 +12,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from neft_kernels import ops
-from neft_kernels.lookups import check_model, is_encoder_decoder, token_embeddings
-from neft_kernels.noise import NoiseSettings
-from neft_kernels.placing import noisy_modules, place_noise, remove_noise
-from neft_kernels.watching import WatchSequences, modules_to_watch
+from neft_kernels.models.batch import BatchHook
+from neft_kernels.models.embedding import NEFTuneEmbedding, NoiseHook
+from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, modules_around, token_embeddings
+from neft_kernels.models.noise import EmbeddingNoise
+from neft_kernels.models.options import AlphaSchedule, NoiseOptions
+from neft_kernels.models.state import ModelNoise
+from neft_kernels.ops.backends import choose_backend, logger
 
 if TYPE_CHECKING:
-    from neft_kernels.distributed import Group
+    from neft_kernels.models.sharding import Group
 
-__all__ = ["no_noise", "replace_embeddings", "restore_embeddings", "set_alpha"]
+__all__ = ["no_noise", "noisy_modules", "replace_embeddings", "restore_embeddings", "set_alpha"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,6 +38,7 @@ def replace_embeddings(
     backend: str | None = None,
     sequence_group: "Group | None" = None,
     sequence_layout: str = "contiguous",
+    under_no_grad: bool = False,
 ) -> Model:
     """Makes the token embeddings of `model` noisy while it trains (NEFTune, arXiv 2310.05914), in place.
 
@@ -72,42 +73,98 @@ def replace_embeddings(
             noisy; the model is then unchanged.
         RuntimeError: the backend asked for cannot run here.
     """
-    settings = NoiseSettings(alpha, scale_by, noise_on, stream, backend, sequence_group, sequence_layout, of_model=True)
+    options = NoiseOptions(scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad)
+    noise = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
     embeddings, note = token_embeddings(model)
     if noise_on != "all" and is_encoder_decoder(model):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
     if backend is not None:
         for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
-            ops.choose_backend(device, backend)
+            choose_backend(device, backend)
 
     restore_embeddings(model)
-    place_noise(model, embeddings, settings, note)
+    names = {module: name for name, module in model.named_modules()}
+    for module in embeddings:
+        _put_in(module, EmbeddingNoise(noise, names[module], note))
     if note:
-        ops.logger.warning("%s: %s", type(model).__name__, note)
-    for module in modules_to_watch(model, embeddings):
-        WatchSequences(settings, module).attach(module)
+        logger.warning("%s: %s", type(model).__name__, note)
+    for module in modules_around(model, embeddings):
+        BatchHook(noise, module).attach(module)
     return model
+
+
+def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
+    if is_plain(module):
+        module.__class__ = NEFTuneEmbedding
+        module.noise = noise  # type: ignore[assignment]
+    elif isinstance(module, NEFTuneEmbedding):
+        module.noise = noise
+    else:
+        NoiseHook(noise).attach(module)
+        for part in module.modules():
+            if isinstance(part, NEFTuneEmbedding):  # built by the user; the hook around it adds the noise now
+                part.noise = None
+    noise.warn_of_other_noise(module)
 
 
 def restore_embeddings(model: Model) -> Model:
     """Undoes :func:`replace_embeddings`; a model that it did not touch stays as it is. Returns `model` itself."""
     check_model(model)
     for module in model.modules():
-        remove_noise(module)
+        _take_out(module)
     return model
+
+
+def _take_out(module: nn.Module) -> None:
+    """Undoes :func:`_put_in` and the hooks around. A module without noise stays as it is."""
+    if isinstance(module, NEFTuneEmbedding):
+        if type(module) is NEFTuneEmbedding and not {"built_in_noise", "forward"} & module.__dict__.keys():
+            module.__class__ = nn.Embedding  # type: ignore[assignment]
+            del module.noise
+        else:
+            # The user built it noisy. Or it has since been given a class derived from ours, as by fully_shard(), or a forward
+            # of its own around ours, as by accelerate.
+            module.noise = module.__dict__.get("built_in_noise")
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), (NoiseHook, BatchHook)):
+                for registry in (
+                    hooks,
+                    module._forward_hooks_always_called,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_pre_hooks_with_kwargs,
+                ):
+                    registry.pop(key, None)
+
+
+def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, EmbeddingNoise]]:
+    """Name, module and noise of each noisy embedding."""
+    check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, NEFTuneEmbedding) and module.noise is not None:
+            yield name, module, module.noise
+        for hook in module._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, NoiseHook):
+                yield name, module, owner.noise
+
+
+def _noise_of(model: nn.Module) -> list[ModelNoise]:
+    """The noise of all noisy embeddings of `model`, each once."""
+    return list({id(noise.model): noise.model for _, _, noise in noisy_modules(model)}.values())
 
 
 @contextlib.contextmanager
 def no_noise(model: nn.Module) -> Iterator[None]:
     """Within this context the embeddings of `model` are the plain ones, in training mode too."""
-    settings = {id(noise.settings): noise.settings for _, _, noise in noisy_modules(model)}.values()
-    before = [each.enabled for each in settings]
+    found = _noise_of(model)
+    before = [each.enabled for each in found]
     try:
-        for each in settings:
+        for each in found:
             each.enabled = False
         yield
     finally:
-        for each, enabled in zip(settings, before, strict=True):
+        for each, enabled in zip(found, before, strict=True):
             each.enabled = enabled
 
 
@@ -122,8 +179,8 @@ def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: 
     Raises:
         TypeError, ValueError: `alpha` is no number >= 0, or `model` has no noisy embeddings.
     """
-    settings = {id(noise.settings): noise.settings for _, _, noise in noisy_modules(model)}.values()
-    if not settings:
+    found = _noise_of(model)
+    if not found:
         raise ValueError("model has no noisy embeddings; call replace_embeddings(model) first")
-    for each in settings:
-        each.set_alpha(alpha, step)
+    for each in found:
+        each.alpha.set(alpha, step)

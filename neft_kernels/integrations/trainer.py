@@ -12,10 +12,9 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from neft_kernels.huggingface import replace_embeddings, restore_embeddings, set_alpha
-from neft_kernels.noise import NoiseSettings
-from neft_kernels.ops import logger
-from neft_kernels.placing import noisy_modules
+from neft_kernels.models.options import AlphaSchedule, NoiseOptions
+from neft_kernels.models.replace import noisy_modules, replace_embeddings, restore_embeddings, set_alpha
+from neft_kernels.ops.backends import logger
 
 __all__ = ["NEFTuneCallback", "patch_transformers"]
 
@@ -162,7 +161,8 @@ class patch_transformers:
 def _check_options(alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
     """Raises what replace_embeddings() would raise later, whatever the model."""
     inspect.signature(replace_embeddings).bind(None, alpha, **options)
-    NoiseSettings(alpha, **options)
+    AlphaSchedule(alpha)
+    NoiseOptions(**options)
 
 
 def _unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""By which modules does a model look tokens up?"""
+"""Finds the modules by which a model looks tokens up, and the modules around them."""
 
 from collections.abc import Callable
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from neft_kernels import ops
+from neft_kernels.models.batch import ARGUMENTS, parameters_of_forward
+from neft_kernels.ops.checks import FLOAT_DTYPES
 
-__all__ = ["check_model", "input_embeddings", "is_encoder_decoder", "is_plain", "token_embeddings"]
+__all__ = ["check_model", "input_embeddings", "is_encoder_decoder", "is_plain", "modules_around", "token_embeddings"]
 
 
 def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
@@ -101,5 +102,17 @@ def is_plain(module: nn.Module) -> bool:
         and module.max_norm is None
         and type(module.weight) is nn.Parameter
         and module.weight.layout == torch.strided
-        and module.weight.dtype in ops.FLOAT_DTYPES
+        and module.weight.dtype in FLOAT_DTYPES
     )
+
+
+def modules_around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
+    """`model`, and the modules between it and its embeddings whose arguments say something about the batch."""
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in embeddings]
+    paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    found = [model]
+    for path in sorted(paths):
+        module = model.get_submodule(path)
+        if module not in found and ARGUMENTS.intersection(parameters_of_forward(module)):
+            found.append(module)
+    return found

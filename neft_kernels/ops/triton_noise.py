@@ -5,7 +5,7 @@ in fp64. So the unit of work is a vector of 16 bytes of a row, which is also the
 what a thread draws is what it adds to what it has loaded, nothing moves between threads, and no shared memory is used.
 
 A program writes a tile of ``ROWS`` tokens by ``VECTORS`` vectors. The arithmetic is that of
-:mod:`neft_kernels.reference`, and the kernel is launched without floating-point fusion, because the product and the sum
+:mod:`neft_kernels.ops.reference`, and the kernel is launched without floating-point fusion, because the product and the sum
 round separately. ``tools/check_gpu.py`` looks at the machine code for all of this.
 """
 
@@ -269,7 +269,7 @@ def noisy_embedding(
     stream: int,
     first_token: int,
 ) -> Tensor:
-    """See :func:`neft_kernels.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
+    """See :func:`neft_kernels.ops.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
     return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token)
 
@@ -277,7 +277,7 @@ def noisy_embedding(
 def add_noise(
     embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, stream: int, first_token: int
 ) -> Tensor:
-    """See :func:`neft_kernels.reference.add_noise`."""
+    """See :func:`neft_kernels.ops.reference.add_noise`."""
     out = embeds.new_empty(embeds.shape)
     if out.numel() == 0:
         return out

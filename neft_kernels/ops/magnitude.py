@@ -1,16 +1,16 @@
 """How much noise each token gets: ``alpha / sqrt(L * d)`` (Jain et al. 2023, arXiv 2310.05914), for the right ``L``."""
 
 import math
-import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from neft_kernels import ops
-from neft_kernels.ops import broadcasts
+from .backends import automatic_backend
+from .checks import broadcasts, check_alpha, check_choice
+from .registration import OVERLOADS
 
-__all__ = ["NOISE_ON", "SCALES", "check_alpha", "check_choice", "magnitude_of_length", "noise_magnitude"]
+__all__ = ["NOISE_ON", "SCALES", "magnitude_of_length", "noise_magnitude"]
 
 SCALES = ("sequence", "batch")
 NOISE_ON = ("all", "prompt", "completion")
@@ -91,7 +91,10 @@ def noise_magnitude(
     if noise_on == "all":
         return magnitude
     if labels is None:
-        raise ValueError(f"noise_on={noise_on!r} needs labels")
+        raise ValueError(
+            f"noise_on={noise_on!r} needs labels of the shape of input_ids, but there are none; a Trainer that computes the "
+            "loss itself takes them out of the batch"
+        )
     _check_device("labels", labels, input_ids)
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels must have the shape of input_ids, {list(input_ids.shape)}, not {list(labels.shape)}")
@@ -135,20 +138,6 @@ def _magnitude_by_sequence(
         present = present & (padding == 0)
     magnitude = alpha / torch.sqrt(length_of_token.clamp(min=1).to(_wide(input_ids.device)) * embedding_dim)
     return torch.where(present, magnitude, 0).to(torch.float32)
-
-
-def check_alpha(alpha: float) -> None:
-    """`alpha` is a finite number >= 0."""
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha must be a number, not {type(alpha).__name__}")
-    if not 0 <= alpha < math.inf:  # also false for NaN
-        raise ValueError(f"alpha must be finite and >= 0, not {alpha}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """`value` of argument `name` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def magnitude_of_length(alpha: float | Tensor, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:
@@ -203,7 +192,13 @@ def _kernel(
         return None
     if any(each is not None and each.is_floating_point() for each in (attention_mask, position_ids)):
         return None
-    return ops.magnitude_kernel(input_ids.device.type, backend)
+    return magnitude_kernel(input_ids.device.type, backend)
+
+
+def magnitude_kernel(device_type: str, backend: str | None) -> Callable[..., Tensor] | None:
+    """The op ``token_magnitude`` of `backend` or of the best one, where that has one and runs here."""
+    name = automatic_backend(device_type, backend)
+    return None if name is None else OVERLOADS["token_magnitude"].get(name)
 
 
 def _as_kernels_take_it(values: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The magnitude of every token on GPUs, in one Triton kernel: what :mod:`neft_kernels.magnitude` says in plain torch.
+"""The magnitude of every token on GPUs, in one Triton kernel: what :mod:`neft_kernels.ops.magnitude` says in plain torch.
 
 There it takes some twenty kernels, which together would take as long as the noisy embedding itself. A program has a row of
 tokens to itself: it numbers and counts the row's sequences from front to back, and writes the magnitudes from back to front,
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neft_kernels.triton_backend import launch
+from .triton_noise import launch
 
 __all__ = ["token_magnitude"]
 
