@@ -151,6 +151,21 @@ def test_every_target_of_make_is_described():
     assert named_targets(CONTRIBUTING) == make_targets()
 
 
+def test_the_map_of_the_house_is_whole():
+    """Every file of the package is in it, and no other."""
+    (the_map,) = (body for body in blocks(CONTRIBUTING, "") if body.startswith("neft_kernels/"))
+    package, _, _ = the_map.partition("\ncsrc/")
+    files = {path.name for path in (REPOSITORY / "neft_kernels").rglob("*.py") if not path.name.startswith("__")}
+    assert set(re.findall(r"\w+\.py", package)) == files
+
+
+@name_of
+def test_files_in_the_text_exist(page):
+    folders = "benchmarks|csrc|docs|examples|experiments|neft_kernels|tests|tools"
+    named = re.findall(rf"`((?:{folders})/[\w./]+)`", page.read_text())
+    assert [path for path in named if "NAME" not in path and not (REPOSITORY / path).exists()] == []
+
+
 def test_extras_exist():
     declared = (REPOSITORY / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     declared = set(re.findall(r"^(\w+) = \[", declared.partition("\n[tool")[0], re.MULTILINE))
