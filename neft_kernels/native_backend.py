@@ -12,12 +12,16 @@ __all__ = ["INSTRUCTION_SETS", "load"]
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
+NOT_BUILT = "the extension was not built"
+_SWITCH = {"cpu": "cpu", "cuda": "1"}
+
 
 def load(name: str) -> tuple[ModuleType | None, str | None]:
     """Loads extension `name`, "cpu" or "cuda": the module and None, or None and the reason why it cannot be loaded."""
     try:
         return importlib.import_module(f"neft_kernels._C_{name}"), None
     except ModuleNotFoundError:
-        return None, "the extension was not built (NEFT_KERNELS_BUILD=1 at installation makes that an error)"
+        build = f"NEFT_KERNELS_BUILD={_SWITCH[name]} pip install --no-build-isolation ."
+        return None, f"{NOT_BUILT}; build it in a checkout: {build}"
     except ImportError as error:
         return None, f"the extension does not load: {error}"

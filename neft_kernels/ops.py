@@ -170,7 +170,7 @@ def _detail(backend: str) -> str:
     if backend == "cuda" and _cuda_extension is None:
         return str(_cuda_error)
     if backend == "triton" and not _TRITON_INSTALLED:
-        return "triton is not installed"
+        return 'triton is not installed: pip install "neft-kernels[triton]"'
     if backend == "triton" and _INTERPRET_TRITON:
         return "interpreted, because TRITON_INTERPRET=1; very slow"
     if not _devices(backend):

@@ -18,7 +18,8 @@ if not HAS_GPU and not EMULATED_GPU:
 import pytest  # noqa: E402
 from emulated_gpu.driver import emulated_gpu  # noqa: E402
 
-from neft_kernels import ops  # noqa: E402
+from neft_kernels import available_backends, ops  # noqa: E402
+from neft_kernels.native_backend import NOT_BUILT  # noqa: E402
 
 _for_the_session = contextlib.ExitStack()
 if EMULATED_GPU:
@@ -30,6 +31,9 @@ DEVICES = ("cpu", "cuda") if HAS_GPU else ("cpu",)
 #: What runs on CPU tensors: Triton does in its interpreter, which one cannot have beside a GPU's kernels.
 CPU_BACKENDS = ("cpu", "reference") if HAS_GPU else ("cpu", "reference", "triton")
 NO_GPU = "no GPU on this machine"
+NO_INDEX = "no package index can be reached"
+_cpu = {backend.name: backend.detail for backend in available_backends()}["cpu"]
+NO_CPU_EXTENSION = _cpu if _cpu.startswith(NOT_BUILT) else None
 
 # Two processes run the suite side by side; one alone may use two threads.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -41,6 +45,9 @@ def pytest_addoption(parser):
     )
     parser.addoption(
         "--more-examples", type=int, default=1, help="so many times the examples of each property test, drawn anew"
+    )
+    parser.addoption(
+        "--need-extension", action="store_true", help="an error where the CPU extension is not built, instead of skips"
     )
 
 
@@ -55,24 +62,42 @@ OPTIONS = {}
 
 def pytest_configure(config):
     OPTIONS["more_examples"] = config.getoption("--more-examples")
+    if NO_CPU_EXTENSION and config.getoption("--need-extension"):
+        raise pytest.UsageError(f"--need-extension: {NO_CPU_EXTENSION}")
+
+
+def needs_the_cpu_extension(item):
+    """Marked so, or a test of the backend "cpu" among others."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    named = {parameters.get("backend"), parameters.get("computed_by"), *parameters.get("kernel", ())[1:2]}
+    return item.get_closest_marker("cpu_extension") is not None or "cpu" in named
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        elif NO_CPU_EXTENSION and needs_the_cpu_extension(item):
+            item.add_marker(pytest.mark.skip(reason=NO_CPU_EXTENSION))
 
 
+#: What a machine may lack, and how many tests that skipped.
+EXPECTED_SKIPS = {reason: 0 for reason in (NO_GPU, NO_CPU_EXTENSION, NO_INDEX) if reason}
 _unexpected_skips = []
 
 
 def pytest_runtest_logreport(report):
-    if report.skipped and not hasattr(report, "wasxfail") and NO_GPU not in str(report.longrepr):
-        _unexpected_skips.append(report.nodeid)
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    for reason in EXPECTED_SKIPS:
+        if reason in str(report.longrepr):
+            EXPECTED_SKIPS[reason] += 1
+            return
+    _unexpected_skips.append(report.nodeid)
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """A skip for any reason but a missing GPU fails the run: what cannot run here must not look as if it had."""
+    """A skip for any other reason fails the run: what cannot run here must not look as if it had."""
     if _unexpected_skips and exitstatus == 0:
         session.exitstatus = 1
 
@@ -80,6 +105,9 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_terminal_summary(terminalreporter):
     if "test_compiled_cuda.py" in collect_ignore:
         terminalreporter.write_line("nvcc is not on the PATH: test_compiled_cuda.py WAS NOT RUN", yellow=True)
+    for reason, skipped in EXPECTED_SKIPS.items():
+        if skipped and reason != NO_GPU:
+            terminalreporter.write_line(f"{skipped} tests WERE NOT RUN: {reason}", yellow=True)
     for nodeid in _unexpected_skips:
         terminalreporter.write_line(f"FAILED: skipped, but should have run: {nodeid}", red=True)
 
