@@ -72,6 +72,8 @@ def cuda_toolkit(cuda_version: str) -> tuple[Path, Path]:
 
 def extensions() -> dict:
     """The keyword arguments of setup() that build the extensions."""
+    # For the ninja of an environment that is not activated.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "0", "1", "cpu"):
         raise SystemExit(f"{SWITCH} must be 0, 1, cpu or unset, not {wanted!r}")
