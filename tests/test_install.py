@@ -131,7 +131,7 @@ def check_pure(outcome):
     devices, chosen_for, detail = outcome["backends"]["cpu"]
     assert (devices, chosen_for) == ([], [])
     assert "not built" in detail
-    assert "NEFT_KERNELS_BUILD=cpu pip install --no-build-isolation ." in detail
+    assert detail.endswith("NEFT_KERNELS_BUILD=cpu pip install --no-build-isolation .")
     assert "cpu" in outcome["backends"]["reference"][1]
     assert outcome["cpu"].startswith("RuntimeError: backend='cpu' cannot run here (the extension was not built")
     check_works(outcome)
@@ -449,8 +449,8 @@ def test_an_extension_that_was_not_built_says_how_to_build_it(monkeypatch, name,
     module, reason = load(name)
     assert module is None
     assert reason == (
-        "the extension was not built; build it in a checkout: "
-        f"NEFT_KERNELS_BUILD={switch} pip install --no-build-isolation ."
+        f"the extension was not built in {REPOSITORY / 'neft_kernels'}; build it in a checkout: "
+        f"NEFT_KERNELS_BUILD={switch} pip install --no-build-isolation --editable ."
     )
 
 
