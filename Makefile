@@ -22,7 +22,7 @@ TRITON ?= triton==3.9.0
 .PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
-	$(BIN)/python examples/instruction_tuning.py
+	$(BIN)/python examples/instruction_tuning/train.py
 
 test: test-suite test-emulated  ## the test suite, then Triton's kernels once more, compiled
 
@@ -33,8 +33,8 @@ CAPABILITY ?= 90
 EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
-	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension --numprocesses 2 -k "triton or gpu_programs" \
-		$(EMULATED_TESTS) tests/test_gpu_programs.py
+	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension --numprocesses 2 -k "triton or test_gpu" \
+		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_programs.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
 	$(BIN)/python -m pytest --need-extension --numprocesses 2 --all-architectures
@@ -47,7 +47,7 @@ test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs D
 install: $(INSTALLED)  ## everything that the other targets need
 
 check-install:  ## asks pip whether the public package index can serve `make install`; installs nothing
-	$(ANY_PYTHON) tools/check_install.py "$(TORCH)" "$(TRITON)"
+	$(ANY_PYTHON) -m tools.check_install "$(TORCH)" "$(TRITON)"
 
 # torch's own libraries stay torch's: the wheel loads those of the torch that it is installed beside.
 wheel: $(INSTALLED)  ## the source distribution and the CPU wheel, fit for a package index, in dist/
@@ -60,7 +60,7 @@ wheel: $(INSTALLED)  ## the source distribution and the CPU wheel, fit for a pac
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python -m benchmarks.training_step
 
 # On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded, and
 # what needs PEFT or the Trainer's own requirements is left to other machines.
@@ -78,36 +78,36 @@ SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all --tool
 
 # The first run compiles what the others find in Triton's cache.
 sanitize-gpu:  ## on a GPU, after test-gpu: the kernels under compute-sanitizer: bounds, uninitialised memory, races
-	PYTHONPATH=. $(GPU_PYTHON) tools/sanitize_gpu.py
-	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) memcheck $(GPU_PYTHON) tools/sanitize_gpu.py
-	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) initcheck $(GPU_PYTHON) tools/sanitize_gpu.py
-	PYTHONPATH=. $(SANITIZER) racecheck $(GPU_PYTHON) tools/sanitize_gpu.py
-	PYTHONPATH=. $(SANITIZER) synccheck $(GPU_PYTHON) tools/sanitize_gpu.py
+	PYTHONPATH=. $(GPU_PYTHON) -m tools.sanitize_gpu
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) memcheck $(GPU_PYTHON) -m tools.sanitize_gpu
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) initcheck $(GPU_PYTHON) -m tools.sanitize_gpu
+	PYTHONPATH=. $(SANITIZER) racecheck $(GPU_PYTHON) -m tools.sanitize_gpu
+	PYTHONPATH=. $(SANITIZER) synccheck $(GPU_PYTHON) -m tools.sanitize_gpu
 
 bench-gpu:  ## on a GPU: the benchmark; appends to benchmarks/results/gpu.jsonl, from which make plots draws anywhere
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py $(GPU_BENCH)
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu $(GPU_BENCH)
 
 tune-gpu:  ## on a GPU: tries other tiles of the Triton kernel
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/tune_gpu.py
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.tune_gpu
 
 gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show, with -k also after a failure; GPU_BENCH=--quick
 
-randomness: $(INSTALLED)  ## is the noise random? appends to benchmarks/results/randomness.jsonl; BATTERY=1: dieharder too
-	$(BIN)/python benchmarks/randomness.py
-	$(BIN)/python benchmarks/randomness.py --break all
-	$(BIN)/python benchmarks/rounding.py
-	$(if $(BATTERY),$(BIN)/python benchmarks/randomness.py --battery)
+randomness: $(INSTALLED)  ## is the noise random? appends to experiments/randomness/results; BATTERY=1: dieharder too
+	$(BIN)/python -m experiments.randomness.run
+	$(BIN)/python -m experiments.randomness.run --break all
+	$(BIN)/python -m experiments.randomness.rounding
+	$(if $(BATTERY),$(BIN)/python -m experiments.randomness.run --battery)
 
 EFFECT_PRESET ?= small
 
 effect: $(INSTALLED)  ## what the noise does to fine-tuned models, in small; goes on where it was; EFFECT_PRESET=gpu
-	$(BIN)/python benchmarks/effect.py --preset $(EFFECT_PRESET)
+	$(BIN)/python -m experiments.effect.run --preset $(EFFECT_PRESET)
 
 plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/, from the records alone
-	$(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/report_gpu.py
-	$(BIN)/python benchmarks/report_randomness.py
-	$(BIN)/python benchmarks/effect_report.py
+	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report_gpu
+	$(BIN)/python -m experiments.randomness.report
+	$(BIN)/python -m experiments.effect.report
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -115,7 +115,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/mypy
 
 check-gpu: $(INSTALLED)  ## compile every GPU kernel for every target, and look at the machine code
-	$(BIN)/python tools/check_gpu.py
+	$(BIN)/python -m tools.check_gpu
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(ANY_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \

@@ -92,7 +92,7 @@ def extensions() -> dict:
         return {}
 
     cpu = cpp_extension.CppExtension(
-        "neft_kernels._C_cpu",
+        "neft_kernels.ops._C_cpu",
         sources("cpu"),
         depends=headers(),
         extra_compile_args=COMMON,
@@ -114,7 +114,7 @@ def extensions() -> dict:
             cpp_extension.CUDA_HOME = str(cuda_home)
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
             cuda = cpp_extension.CUDAExtension(
-                "neft_kernels._C_cuda",
+                "neft_kernels.ops._C_cuda",
                 sources("cuda"),
                 depends=headers(),
                 extra_compile_args={"cxx": [*COMMON, "-DUSE_CUDA"], "nvcc": nvcc_arguments()},

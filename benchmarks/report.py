@@ -1,6 +1,6 @@
 """Draws the README's table and picture from the records alone: the newest of each comparison.
 
-python benchmarks/report.py
+python -m benchmarks.report
 """
 
 from pathlib import Path
@@ -10,12 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from records import load
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
-DOCS = HERE.parent / "docs"
-RESULTS = HERE / "results"
+from benchmarks.records import RESULTS, load
+from benchmarks.sections import README, write_section
+
 IN_TABLE = (
     "32000 x 4096, 2048 tokens, float32",
     "32000 x 4096, 2048 tokens, bfloat16",
@@ -157,16 +155,6 @@ def plot(records: dict[str, dict[str, Any]], to: Path) -> None:
     )
     figure.tight_layout()
     figure.savefig(to)
-
-
-def write_section(readme: Path, name: str, text: str) -> None:
-    """Puts `text` between the two comments of `readme` that mark the section `name`."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, _, rest = readme.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{readme} has no section between {begin} and {end}")
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> None:

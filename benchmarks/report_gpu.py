@@ -1,6 +1,6 @@
 """Draws the README's GPU table and picture from the records of ``make bench-gpu`` alone: the newest of each comparison.
 
-python benchmarks/report_gpu.py
+python -m benchmarks.report_gpu
 """
 
 from pathlib import Path
@@ -10,9 +10,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import records
-from report import COLOURS, LABELS, README, RESULTS, write_section
-from variants import PASSES
+
+from benchmarks import records
+from benchmarks.records import RESULTS
+from benchmarks.report import COLOURS, LABELS
+from benchmarks.sections import README, write_section
+from benchmarks.variants import PASSES
 
 Record = dict[str, Any]
 IN_TABLE = (

@@ -9,7 +9,6 @@ import inspect
 import pickle
 from typing import NamedTuple
 
-import architectures
 import pytest
 import torch
 import transformers
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from helpers import architectures
 from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings
 
 ALPHA = 5.0

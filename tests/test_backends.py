@@ -5,9 +5,11 @@ On every dtype, width, shape, stride, seed, stream, offset and magnitude; every 
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS, DTYPES, HAS_GPU, equal_bits
 
-from neft_kernels import add_noise, noisy_embedding, ops
+from helpers.bits import equal_bits
+from helpers.devices import CPU_BACKENDS, DTYPES, HAS_GPU
+from neft_kernels import add_noise, available_backends, noisy_embedding
+from neft_kernels.ops.backends import extensions
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -218,21 +220,21 @@ def test_each_instruction_set_is_in_use_when_asked_for(kernel):
     if backend != "cpu":
         assert backend in ("triton", "cuda")
         return
-    in_use = ops._cpu_extension.instruction_set()
+    in_use = extensions["cpu"][0].instruction_set()
     assert in_use in ("avx512", "avx2", "portable")
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
-        ops._cpu_extension.cap_instruction_set("avx512")
-        assert ops._cpu_extension.instruction_set() == "avx512"
-        ops._cpu_extension.cap_instruction_set(in_use)
+        extensions["cpu"][0].cap_instruction_set("avx512")
+        assert extensions["cpu"][0].instruction_set() == "avx512"
+        extensions["cpu"][0].cap_instruction_set(in_use)
     with pytest.raises(ValueError, match="sse9"):
-        ops._cpu_extension.cap_instruction_set("sse9")
+        extensions["cpu"][0].cap_instruction_set("sse9")
 
 
 @pytest.mark.gpu
 def test_gpu_backends_are_there():
     assert HAS_GPU
-    assert {backend.name for backend in ops.available_backends() if "cuda" in backend.devices} >= {
+    assert {backend.name for backend in available_backends() if "cuda" in backend.devices} >= {
         "triton",
         "reference",
     }

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+ROOT = Path(__file__).parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
 
 
 def check_gpu(*arguments, **environment):
     # Not the suite's TRITON_INTERPRET, for a check of what the tool does with it.
-    command = [sys.executable, TOOLS / "check_gpu.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    command = [sys.executable, "-m", "tools.check_gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_kernels_pass():
@@ -90,9 +90,7 @@ def test_a_missing_nvcc_is_an_error(tmp_path):
 
 @pytest.fixture
 def tool(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    import check_gpu
-    import machine_code
+    from tools import check_gpu, machine_code
 
     return check_gpu, machine_code
 
@@ -165,11 +163,11 @@ def test_each_guard_alone(tool, sentence):
     ],
 )
 def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
-    from neft_kernels import triton_backend
+    from neft_kernels.ops import triton_noise
 
-    rows, vectors, grid = triton_backend._tile(embedding_dim, element_size)
+    rows, vectors, grid = triton_noise._tile(embedding_dim, element_size)
     assert (rows, vectors, grid) == expected
-    assert rows * vectors == triton_backend.TILE_VECTORS
+    assert rows * vectors == triton_noise.TILE_VECTORS
 
 
 AMDGCN = """

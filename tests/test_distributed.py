@@ -24,7 +24,7 @@ from neft_kernels import (
     noisy_embedding,
     replace_embeddings,
 )
-from neft_kernels.distributed import Part, in_parts
+from neft_kernels.models.sharding import Part, in_parts
 
 PROGRAMS = Path(__file__).parent / "distributed_runs"
 TIME_LIMIT = 600  # seconds; what hangs fails
@@ -239,4 +239,4 @@ def test_a_group_of_one_is_no_group(layout):
     callback.on_train_begin(None, None, None, model=model)
     torch.manual_seed(3)
     assert torch.equal(model(tokens), want)
-    assert model[0].noise.settings.sequence_layout == layout
+    assert model[0].noise.model.options.sequence_layout == layout

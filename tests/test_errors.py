@@ -10,9 +10,9 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch import nn
 
+from helpers.devices import CPU_BACKENDS
 from neft_kernels import (
     NEFTuneEmbedding,
     add_noise,

@@ -17,14 +17,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import NO_INDEX
 
 import neft_kernels
-from neft_kernels.native_backend import load
-
-sys.path.append(str(Path(__file__).parent.parent / "tools"))
-
-import check_install
+from helpers.skips import NO_INDEX
+from neft_kernels.ops.native import load
+from tools import check_install
 
 REPOSITORY = Path(__file__).parent.parent
 VECTORS = REPOSITORY / "tests" / "vectors" / "contract_vectors.json"
@@ -181,7 +178,13 @@ def test_the_source_distribution_has_what_its_readme_and_its_tests_name(source_d
     readme = (source_distribution / "README.md").read_text()
     links = re.findall(r"\]\(([^)#:]+)\)", readme)
     assert len(links) > 5
-    for name in (*links, "Makefile", "tools/check_gpu.py", "benchmarks/report.py", "examples/instruction_tuning.py"):
+    for name in (
+        *links,
+        "Makefile",
+        "tools/check_gpu.py",
+        "benchmarks/report.py",
+        "examples/instruction_tuning/train.py",
+    ):
         assert (source_distribution / name).exists(), name
 
 
@@ -226,7 +229,7 @@ def test_the_compiled_wheel_serves_every_python_and_works(compiled, tmp_path):
 def test_the_compiled_wheel_keeps_to_the_stable_abi(compiled, tmp_path):
     """It asks torch for C functions only: whatever else torch exports is C++, which changes from version to version."""
     unpack(compiled, tmp_path)
-    extension = tmp_path / "neft_kernels" / "_C_cpu.abi3.so"
+    extension = tmp_path / "neft_kernels" / "ops" / "_C_cpu.abi3.so"
     listed = subprocess.run(["nm", "-D", "--undefined-only", extension], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
@@ -251,7 +254,7 @@ def too_new(library):
 
 def test_the_compiled_wheel_asks_for_no_newer_system_than_manylinux_2_28(compiled, tmp_path):
     unpack(compiled, tmp_path)
-    assert not too_new(tmp_path / "neft_kernels" / "_C_cpu.abi3.so")
+    assert not too_new(tmp_path / "neft_kernels" / "ops" / "_C_cpu.abi3.so")
 
 
 def test_torchs_newer_headers_ask_for_no_newer_system_either(tmp_path):
@@ -271,10 +274,10 @@ def test_torchs_newer_headers_ask_for_no_newer_system_either(tmp_path):
     subprocess.run([tmp_path / "uses"], check=True)
 
 
-def test_a_symbol_that_is_too_new_is_found(monkeypatch):
+def test_a_symbol_that_is_too_new_is_found(compiled, tmp_path, monkeypatch):
+    unpack(compiled, tmp_path)
     monkeypatch.setitem(NEWEST_SYMBOLS, "GLIBC", (2, 2))
-    (extension,) = (REPOSITORY / "neft_kernels").glob("_C_cpu*.so")
-    assert "memcpy" in too_new(extension)
+    assert "memcpy" in too_new(tmp_path / "neft_kernels" / "ops" / "_C_cpu.abi3.so")
 
 
 def test_asking_for_the_kernels_without_a_compiler_is_an_error(source, tmp_path):
@@ -438,15 +441,15 @@ def test_the_architectures_are_those_that_one_names_or_all(modules_built, tmp_pa
 
 def test_an_extension_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_C_broken.py").write_text("raise ImportError('undefined symbol: aoti_torch_no_more')")
-    monkeypatch.setattr(neft_kernels, "__path__", [*neft_kernels.__path__, str(tmp_path)])
+    monkeypatch.setattr(neft_kernels.ops, "__path__", [*neft_kernels.ops.__path__, str(tmp_path)])
     assert load("broken") == (None, "the extension does not load: undefined symbol: aoti_torch_no_more")
 
 
 @pytest.mark.parametrize(("name", "switch"), [("cpu", "cpu"), ("cuda", "1")])
 def test_an_extension_that_was_not_built_says_how_to_build_it(monkeypatch, name, switch):
-    monkeypatch.setattr(neft_kernels, "__path__", [])
-    monkeypatch.delitem(sys.modules, f"neft_kernels._C_{name}", raising=False)
-    module, reason = load(name)
+    monkeypatch.setattr(neft_kernels.ops, "__path__", [])
+    monkeypatch.delitem(sys.modules, f"neft_kernels.ops._C_{name}", raising=False)
+    module, reason = load.__wrapped__(name)
     assert module is None
     assert reason == (
         f"the extension was not built in {REPOSITORY / 'neft_kernels'}; build it in a checkout: "
@@ -457,7 +460,7 @@ def test_an_extension_that_was_not_built_says_how_to_build_it(monkeypatch, name,
 def test_the_index_can_serve_what_make_installs():
     shown = subprocess.run(["make", "-n", "check-install"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     torch, triton = shlex.split(shown.stdout)[-2:]
-    done = run(REPOSITORY / "tools" / "check_install.py", torch, triton, cwd=REPOSITORY)
+    done = run("-m", "tools.check_install", torch, triton, cwd=REPOSITORY)
     if done.returncode == check_install.NO_INDEX:
         pytest.skip(NO_INDEX)
     assert done.returncode == 0, done.stdout

@@ -7,17 +7,18 @@ drawn anew. ``--hypothesis-show-statistics`` says how many ran.
 import itertools
 import math
 
-import independent
 import numpy as np
 import pytest
-import strategies
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, OPTIONS, capped, equal_bits, kernels
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from test_contract import differences, to_storage_array
 
+from helpers import independent, strategies
+from helpers.bits import equal_bits
+from helpers.contract import differences, to_storage_array
+from helpers.devices import DTYPES, capped, kernels
+from helpers.options import OPTIONS
 from neft_kernels import add_noise, noise_magnitude, noisy_embedding
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -1,16 +1,10 @@
 """Contract: the GPU table says what the newest records say, and without records that nothing was measured."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import gpu
-import records
-import report_gpu
+from benchmarks import gpu, records, report_gpu
 
 
 def record(shape, milliseconds, ids="uniform"):

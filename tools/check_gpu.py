@@ -1,7 +1,7 @@
 """Compiles every GPU kernel for every GPU that it is meant for, and looks at the machine code. Needs no GPU.
 
-    python tools/check_gpu.py            about five minutes on two processors
-    python tools/check_gpu.py --quick    two GPUs, fewer element types
+    python -m tools.check_gpu            about five minutes on two processors
+    python -m tools.check_gpu --quick    two GPUs, fewer element types
 
 Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
 that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
@@ -28,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from machine_code import MachineCode, disassemble, from_amdgcn
+from tools.machine_code import MachineCode, disassemble, from_amdgcn
 
 ROOT = Path(__file__).resolve().parent.parent
 TURING = "sm_75"  # T4 and RTX 20; only the CUDA kernels, because Triton keeps fewer loads under way there
@@ -167,21 +167,21 @@ def machine_code(target_name: str, launch: Callable[[], object], options: dict[s
 def check_triton(target_name: str, dtype_name: str, width: int, options: dict[str, Any]) -> list[Kernel]:
     import torch
 
-    from neft_kernels import triton_backend
+    from neft_kernels.ops import triton_noise
 
     rows, seed = torch.zeros(64, width, dtype=getattr(torch, dtype_name)), torch.zeros(1, dtype=torch.int64)
     launches: dict[tuple[str, str], Callable[[], object]] = {}
     for magnitude, per_token in (("one magnitude", None), ("one per token", torch.zeros(64))):
         noise = (seed, per_token, 0.1, 0, 0)
-        launches["add_noise", magnitude] = partial(triton_backend.add_noise, rows, *noise)
+        launches["add_noise", magnitude] = partial(triton_noise.add_noise, rows, *noise)
         for ids_name in ("int64", "int32"):
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
-            launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, rows, *noise)
+            launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
     # Where no vector fits; and where a row is narrower than one.
     for variant, odd in (("unaligned", rows[:, 1 : width - 1 : 2]), ("unaligned column", rows[:, :1].contiguous())):
-        launches["add_noise", variant] = partial(triton_backend.add_noise, odd, *noise)
-        launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, odd, *noise)
+        launches["add_noise", variant] = partial(triton_noise.add_noise, odd, *noise)
+        launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, odd, *noise)
 
     kernels = []
     for (op, variant), launch in launches.items():
@@ -194,7 +194,7 @@ def check_magnitude(target_name: str) -> list[str]:
     """What is wrong with the kernel for magnitudes, which has no budget: it has to compile, and neither spill nor wait."""
     import torch
 
-    from neft_kernels import triton_magnitude
+    from neft_kernels.ops import triton_magnitude
 
     found = []
     zeros = torch.zeros(4, 5000, dtype=torch.int64)

@@ -3,7 +3,7 @@
 Each case is an environment of its own, without the settings that pip has on this machine, and asks pip what it would
 install there: pip says so (`--dry-run`) after reading metadata, a few MB.
 
-    python tools/check_install.py TORCH TRITON       the two requirements, as in the Makefile
+    python -m tools.check_install TORCH TRITON       the two requirements, as in the Makefile
 """
 
 import argparse
