@@ -180,6 +180,7 @@ def test_a_token_draws_the_same_wherever_it_stands(kernel):
         assert (changed != whole).float().mean() > 0.99, other
 
 
+@pytest.mark.cpu_extension
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(threads):
     weight, ids = table(50, 4100, torch.bfloat16), ids_like((37,), 50)
@@ -192,6 +193,7 @@ def test_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.cpu_extension
 def test_more_than_two_to_the_31_elements():
     """The last rows of an output of more than 2**31 elements, from a table whose last row lies beyond 2**31 too."""
     width, rows = 1 << 16, (1 << 15) + 3

@@ -18,6 +18,8 @@ from benchmarks import gpu, gpu_timing, records, tune_gpu, variants
 from neft_kernels.ops import triton_noise
 from tools import sanitize_gpu
 
+pytestmark = pytest.mark.cpu_extension  # the stand-in computes with it what a GPU would
+
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"plain", "hook", "hook, compiled", "rand_like, compiled", "ours", "ours, cuda"}
 

@@ -118,6 +118,7 @@ def test_the_backend_asked_for_is_the_one_that_computes(backend, monkeypatch):
         assert ran == {(op, backend) for op in expected}
 
 
+@pytest.mark.cpu_extension
 def test_what_describe_says_for_people():
     module = embedding(stream=7, backend="reference")
     begin = (

@@ -117,6 +117,7 @@ def test_seeds_use_all_64_bits():
     assert ((bits.sum(0) - 200).abs() <= 60).all()
 
 
+@pytest.mark.cpu_extension
 def test_available_backends_and_the_automatic_choice(caplog, monkeypatch):
     found = {backend.name: backend for backend in available_backends()}
     assert tuple(found) == backends.BACKENDS
@@ -163,6 +164,7 @@ def machine(monkeypatch):
     backends.forget_choices()
 
 
+NO_TRITON = 'triton is not installed: pip install "neft-kernels[triton]"'
 CPU_EXTENSION, CUDA_EXTENSION = SimpleNamespace(instruction_set=lambda: "avx2"), SimpleNamespace()
 ALL = {"gpu": True, "triton": True, "cuda": CUDA_EXTENSION, "cpu": CPU_EXTENSION}
 #: What a machine has, the choices for CPU and CUDA tensors, and what is said of each backend.
@@ -172,20 +174,20 @@ MACHINES = {
         {},
         "reference",
         None,
-        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+        [NO_TRITON, "the reason for CUDA", "the reason for the CPU", "plain torch"],
     ),
     "no GPU": ({**ALL, "gpu": False}, "cpu", None, ["no GPU", "no GPU", "avx2", "plain torch"]),
     "no Triton": (
         {**ALL, "triton": False},
         "cpu",
         "cuda",
-        ["triton is not installed", "CUDA C++", "avx2", "plain torch"],
+        [NO_TRITON, "CUDA C++", "avx2", "plain torch"],
     ),
     "a GPU alone": (
         {"gpu": True},
         "reference",
         "reference",
-        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+        [NO_TRITON, "the reason for CUDA", "the reason for the CPU", "plain torch"],
     ),
     "Triton interpreted": (
         {**ALL, "interpret": True, "cuda": None},
@@ -243,6 +245,7 @@ def test_only_the_automatic_choice_is_logged(machine, caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.cpu_extension
 @pytest.mark.parametrize(
     ("switches", "expected"),
     [
@@ -260,6 +263,7 @@ def test_switches_and_the_program_that_shows_the_choice(switches, expected):
     assert re.search(expected, run.stdout), run.stdout
 
 
+@pytest.mark.cpu_extension
 def test_the_program_says_that_the_preferred_backend_cannot_run():
     run = subprocess.run(
         [sys.executable, "-m", "neft_kernels"],

@@ -58,6 +58,7 @@ def check(case, backends):
             assert not len(differences(got, want, name, unchanged)), (backend, instruction_set)
 
 
+@pytest.mark.cpu_extension
 @examples(1000)
 @given(strategies.cases())
 def test_reference_and_compiled_kernels_equal_the_independent_implementation(case):

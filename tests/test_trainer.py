@@ -404,6 +404,7 @@ def test_noise_on_the_prompt_or_the_completion_only():
         replace_embeddings(t5, noise_on="prompt")
 
 
+@pytest.mark.cpu_extension
 def test_the_first_noisy_batch_is_logged_once(caplog):
     network = replace_embeddings(llama(), alpha=5.0)
     with caplog.at_level(logging.INFO, logger="neft_kernels"):

@@ -104,7 +104,7 @@ def _detail(backend: str) -> str:
     if backend == "cpu":
         return extension.instruction_set()
     if backend == "triton" and not TRITON_INSTALLED:
-        return "triton is not installed"
+        return 'triton is not installed: pip install "neft-kernels[triton]"'
     if backend == "triton" and switches.interpret_triton:
         return "interpreted, because TRITON_INTERPRET=1; very slow"
     if not devices_of(backend):
