@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,9 @@ from neft_kernels.sequences import NO_SEQUENCES, is_recomputed
 
 __all__ = ["WatchSequences", "modules_to_watch"]
 
-_CACHES = ("past_key_values", "past_key_value", "cache_params")
+#: Arguments that hold a cache, whatever its class: transformers calls it `cache` from 5.24, the others before. Its `mems` and
+#: `state` are left out, because models are given those in training too.
+_CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states")
 _FROM_ARGUMENT = {
     "attention_mask": "attention_mask",
     "position_ids": "position_ids",
@@ -40,6 +43,8 @@ class WatchSequences:
         self.warned: set[str] = set()
         self.parameters = _parameters_of_forward(module)
         self.positional = _parameters_of_forward(module, positional=True)
+        # Without transformers there is none, and with it no import is needed for a model of its own.
+        self.cache_class: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
@@ -55,9 +60,8 @@ class WatchSequences:
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
-        given = {
-            name: value if isinstance(value, torch.Tensor) or name in _CACHES else None for name, value in given.items()
-        }
+        has_cache = any(self._is_cache(name, value) for name, value in given.items())
+        given = {name: value if isinstance(value, torch.Tensor) else None for name, value in given.items()}
         passes = self.settings.passes
         is_decoder = "decoder_input_ids" in given and "input_ids" not in given
         arguments = _FROM_ARGUMENT_OF_DECODER if is_decoder else _FROM_ARGUMENT
@@ -73,8 +77,8 @@ class WatchSequences:
         inside = outside.inside(known, input_ids)
         # A cache that the model fills and passes on within itself is none; nor is there generation with labels, whatever
         # the cache is for: prefix tuning passes its prefix as one.
-        has_cache = outside.is_empty and any(given.get(name) is not None for name in _CACHES)
-        inside = replace(inside, generating=outside.generating or (has_cache and inside.labels is None))
+        generating = has_cache and outside.is_empty and inside.labels is None
+        inside = replace(inside, generating=outside.generating or generating)
         # A compiled graph would be tied to the count of one pass, and a pass that is recomputed has been counted.
         is_repeated = torch.compiler.is_compiling() or is_recomputed()
         if outside is not NO_SEQUENCES or not module.training or not torch.is_grad_enabled() or is_repeated:
@@ -93,6 +97,12 @@ class WatchSequences:
                 "the model's pass in training reached no noisy embedding, so there is no noise: something put on since, as an "
                 "adapter is, looks tokens up past it; call replace_embeddings() again"
             )
+
+    def _is_cache(self, name: str, value: Any) -> bool:
+        """Whether the argument `name` passes a cache: by its class, or by its name unless it is a switch."""
+        return isinstance(value, self.cache_class) or (
+            name in _CACHES and value is not None and not isinstance(value, bool)
+        )
 
     def _warn(self, message: str) -> None:
         if message not in self.warned:

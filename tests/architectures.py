@@ -171,6 +171,9 @@ REFUSED = (
     *("parakeet_rnnt", "parakeet_tdt", "perceiver", "sam3", "sam3_lite_text", "sam3_lite_text_text_model", "vits"),
 )
 
+#: Arguments of models that hear a stream of sound: what they keep of it from one piece to the next.
+CACHES_OF_SOUND = ("encoder_cache", "padding_cache")
+
 _TEXT_PART = "only its text part names its embedding"
 _PARAMETRIZED = "parametrized convolutions cannot be pickled"
 #: What these models cannot do without noise either, and why.
