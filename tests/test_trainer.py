@@ -23,6 +23,7 @@ import neft_kernels
 from neft_kernels import (
     NEFTuneCallback,
     describe,
+    noise_magnitude,
     patch_transformers,
     replace_embeddings,
     restore_embeddings,
@@ -297,6 +298,18 @@ def test_never_two_noises(tmp_path, caplog):
         deactivate(network, handle)
         assert describe(network)[0].state == "on"
         assert (embedding(ids) - embedding.weight[ids]).abs().max() > own_bound
+
+
+def test_scale_by_batch_is_the_rule_of_the_hugging_face_hook():
+    """The hook computes it in float32, so half a unit in the last place apart."""
+    network, ids = model(), torch.zeros(2, 9, dtype=torch.int64)
+    embedding = network.get_input_embeddings()
+    nn.init.zeros_(embedding.weight)
+    activate(network, 5.0)
+    largest = max(embedding(ids).abs().max().item() for _ in range(200))
+    magnitude = noise_magnitude(ids, D, 5.0, scale_by="batch")
+    # The largest of n uniform draws on [0, m] is below m (1 - t) with probability (1 - t)**n; n = 57600, t = 0.001: 1e-25.
+    assert 0.999 * magnitude < largest <= magnitude * (1 + 2**-23)
 
 
 def test_schedule_follows_the_trainers_step(tmp_path):

@@ -50,7 +50,7 @@ ENVIRONMENTS = REPOSITORY / ".versions"
 RECORD = REPOSITORY / "tests" / "versions.json"
 TABLE = REPOSITORY / "docs" / "versions.md"
 #: What is copied to each torch, so that the extensions that are built for it lie beside the sources.
-SOURCES = ("neft_kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+SOURCES = ("neft_kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 #: A deprecated function of torch or transformers that the package calls fails the test that calls it.
 WARNINGS = "\n".join(f"error::{kind}:neft_kernels" for kind in ("DeprecationWarning", "FutureWarning"))
