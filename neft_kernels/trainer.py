@@ -1,6 +1,6 @@
 """Noise for the time of a training run: a callback for the Trainer, and the Trainer's own option on our kernels.
 
-Importing this module imports transformers.
+Importing this module imports transformers. It works with transformers 4.40 and newer.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from neft_kernels.placing import noisy_modules
 __all__ = ["NEFTuneCallback", "patch_transformers"]
 
 
-#: What ends with the `Trainer.train` under way.
+#: What is to be undone when the ``Trainer.train`` under way ends.
 _training: ContextVar[contextlib.ExitStack | None] = ContextVar("_training", default=None)
 
 
 class _TrainingNoise:
-    """The noise of one training run at a time. For the Trainer it is the handle of a hook, because of :meth:`remove`."""
+    """The noise of one training run at a time. The Trainer takes it for the handle of a hook, and calls :meth:`remove`."""
 
     def __init__(self, asked_by: str) -> None:
         self.asked_by = asked_by
@@ -61,7 +61,8 @@ class NEFTuneCallback(TrainerCallback):
 
     It leaves alone, with a warning, a model that is noisy already and a Trainer whose ``neftune_noise_alpha`` is set: no
     token ever gets noise twice. So that an exception in ``Trainer.train`` restores the model too, the first callback made
-    wraps that method.
+    wraps that method. A callback that is removed during training leaves the noise on until training ends;
+    ``set_alpha(model, 0)`` turns it off at once.
 
     Args:
         alpha: NEFTune's noise scale, >= 0, or a schedule: a callable that is given the Trainer's global step.
@@ -148,7 +149,7 @@ class patch_transformers:
         self.undo()
 
     def _functions(self) -> tuple[Callable, Callable]:
-        """In place of those of transformers, from 5.2 on."""
+        """What replaces the two functions of transformers 5.2 and newer."""
 
         def activate_neftune(model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None) -> _TrainingNoise:
             noise = _TrainingNoise("neftune_noise_alpha")
@@ -162,7 +163,7 @@ class patch_transformers:
         return activate_neftune, deactivate_neftune
 
     def _methods(self) -> tuple[Callable, Callable]:
-        """In place of those of the Trainer, before."""
+        """What replaces the two methods of the Trainer before that."""
         activate, deactivate = self._functions()
 
         def _activate_neftune(trainer: Any, model: nn.Module) -> nn.Module:
@@ -176,7 +177,10 @@ class patch_transformers:
 
 
 def _own_hook() -> tuple[Any, tuple[str, str]]:
-    """What of transformers puts its own hook on and takes it off: two functions, or two methods of the Trainer before 5.2."""
+    """Where transformers puts its own hook on and takes it off: the module and the names of two functions.
+
+    Before 5.2 it is the Trainer and two of its methods.
+    """
     for owner, prefix in ((transformers.trainer, ""), (transformers.Trainer, "_")):
         names = f"{prefix}activate_neftune", f"{prefix}deactivate_neftune"
         if all(hasattr(owner, name) for name in names):
@@ -191,10 +195,7 @@ def _check_options(alpha: float | Callable[[int], float], options: dict[str, Any
 
 
 def _wrap_train() -> None:
-    """Wraps ``Trainer.train``, once, so that what it made noisy is plain again however it ends.
-
-    Whether the callback is still the Trainer's by then does not matter.
-    """
+    """Wraps ``Trainer.train``, once, so that its model is plain again however it ends, also if the callback was removed."""
     train = transformers.Trainer.train
     if hasattr(train, "_neft_kernels"):
         return
