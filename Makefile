@@ -19,7 +19,7 @@ TRITON ?= triton==3.9.0
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning/train.py
@@ -43,6 +43,9 @@ test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs D
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt deepspeed
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 \
 		tests/distributed_runs/run.py . zero3
+
+test-versions:  ## other versions of torch and transformers, in environments in .versions/; 20 GB; goes on where it was
+	$(PYTHON) tools/test_versions.py $(VERSIONS)
 
 install: $(INSTALLED)  ## everything that the other targets need
 
