@@ -21,6 +21,8 @@ import pytest
 import neft_kernels
 from neft_kernels.native_backend import load
 
+pytestmark = pytest.mark.xdist_group("install")  # shares `source_distribution` and `compiled`
+
 REPOSITORY = Path(__file__).parent.parent
 VECTORS = REPOSITORY / "tests" / "vectors" / "contract_vectors.json"
 # Mangled names, and those of their types and tables, in torch's namespaces.
@@ -252,18 +254,6 @@ def test_without_a_compiler_and_unasked_the_build_is_pure_python_and_works(sourc
     check_pure(use(tmp_path / "installed", tmp_path / "elsewhere", ""))
 
 
-def test_the_kernels_can_be_declined(source, tmp_path):
-    """Although torch is there."""
-    done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="0")
-    assert only_wheel(done, tmp_path / "out").name.endswith("-py3-none-any.whl")
-
-
-def test_any_other_value_of_the_switch_is_an_error(source, tmp_path):
-    done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="banana")
-    assert done.returncode != 0
-    assert "NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'" in done.stdout
-
-
 @pytest.fixture
 def modules_built(monkeypatch):
     """The extensions that setup.py would build, by name: for NEFT_KERNELS_BUILD, the CUDA toolkit's home, and torch's CUDA."""
@@ -345,6 +335,11 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch, tmp_path):
     module, reason = load("nowhere")
     assert module is None
     assert reason.startswith("the extension was not built")
+
+
+def test_any_other_value_of_the_switch_is_an_error(modules_built):
+    with pytest.raises(SystemExit, match="NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'"):
+        modules_built("banana", None)
 
 
 def test_a_missing_cuda_toolkit_is_an_error_where_the_extensions_were_asked_for(modules_built):
