@@ -24,20 +24,23 @@ TRITON ?= triton==3.9.0
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning/train.py
 
+# Tests that share an expensive fixture, such as a compiled wheel, are marked with a group; one process runs all of a group.
+IN_PARALLEL := --numprocesses 2 --dist loadgroup
+
 test: test-suite test-emulated  ## the test suite, then Triton's kernels once more, compiled
 
 test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Triton's kernels are interpreted
-	$(BIN)/python -m pytest --need-extension --numprocesses 2
+	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
 EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
-	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension --numprocesses 2 -k "triton or test_gpu" \
+	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu" \
 		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_programs.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
-	$(BIN)/python -m pytest --need-extension --numprocesses 2 --all-architectures
+	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL) --all-architectures
 
 test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs DeepSpeed, which comes as source only
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt deepspeed
