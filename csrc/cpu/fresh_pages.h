@@ -43,8 +43,8 @@ inline bool discarded_pages_are_zeros() {
 }
 #endif
 
-// Sets `data`, newly allocated by malloc, to zeros without writing them: its pages are returned to the OS, which maps zeros when
-// they are touched next. Does nothing and returns false where that is not possible or not faster.
+// Sets `data`, newly allocated by malloc, to zeros without writing them: its pages are returned to the OS, which maps zeros
+// when they are touched next. Does nothing and returns false where that is not possible or not faster.
 inline bool zero_without_writing(void* data, int64_t bytes) {
 #if defined(__linux__)
   if (bytes < kAlwaysFresh || !discarded_pages_are_zeros()) return false;
