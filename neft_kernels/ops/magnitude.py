@@ -77,9 +77,9 @@ def noise_magnitude(
         magnitude = magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
         _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
-        if attention_mask is not None and position_ids is not None and cu_seq_lens is None:
-            if input_ids.shape[-1] > 1:
-                attention_mask = _without_packed_padding(attention_mask, position_ids)
+        is_packed = attention_mask is not None and position_ids is not None and cu_seq_lens is None
+        if is_packed and input_ids.shape[-1] > 1:
+            attention_mask = _without_packed_padding(attention_mask, position_ids)  # type: ignore[arg-type]
         kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens, backend)
         if kernel is None:
             magnitude = _magnitude_by_sequence(
@@ -151,8 +151,8 @@ def _magnitude_by_sequence(
 def _begins(positions: Tensor, has_mask: bool) -> Tensor:
     """Whether a sequence begins at each token, ``[..., L]``. The first token begins none here.
 
-    Positions alone must follow on each other. Beside a mask, which tells padding, a jump ahead or a repeated position is no new
-    sequence.
+    Positions alone must follow on each other. Beside a mask, which tells padding, a jump ahead or a repeated position begins
+    no sequence.
     """
     here, before = positions[..., 1:], positions[..., :-1]
     begins = (here < before) | (here == 0) if has_mask else here != before + 1
@@ -166,7 +166,9 @@ def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Ten
     """
     begins = _begins(position_ids.expand(attention_mask.shape), has_mask=True)[..., 1:]
     present = attention_mask != 0
-    is_single = torch.nn.functional.pad(begins, (0, 1), value=True) & torch.nn.functional.pad(begins, (1, 0), value=True)
+    is_single = torch.nn.functional.pad(begins, (0, 1), value=True) & torch.nn.functional.pad(
+        begins, (1, 0), value=True
+    )
     is_single = is_single & present
     in_run = is_single.flip(-1).cumprod(-1).flip(-1) > 0
     after_padding = in_run & ~torch.nn.functional.pad(present[..., :-1], (1, 0), value=True)
