@@ -74,9 +74,9 @@ class EmbeddingNoise:
         """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had."""
         self.model.coverage.reach()
         self.warn_of_other_noise(module)
-        if torch.compiler.is_compiling():
-            return self.state(module) == "on"
         is_on = self.state(module) == "on"
+        if torch.compiler.is_compiling():
+            return is_on
         if in_backward() and (first := self.first_passes.recall(ids)) is not None:
             if first is OFF and is_on:
                 self._warn(
@@ -126,9 +126,13 @@ class EmbeddingNoise:
         options = self.model.options
         if options.sequence_group is not None:
             groups = [*groups, *groups_of(options.sequence_group)]
+        # 1. How strong the noise of each token is.
         magnitude, note = self._magnitude(ids, embedding_dim, part, sequences)
+        # 2. Which noise: the ranks of a replica share it.
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
+        # 3. The look-up and the noise.
         out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
+        # 4. What describe() reports.
         if not torch.compiler.is_compiling():
             self._record(ids, magnitude, note)
         return out
