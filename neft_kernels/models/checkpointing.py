@@ -17,7 +17,8 @@ class FirstPasses:
 
     Activation checkpointing runs a region again inside backward. Then the modules around the region may not run, so its masks
     are not known; gradients may be enabled that were not; and ``no_noise`` may have ended. Passes are told apart by the
-    storage of the ids, because a region may look up a view of the ids that it is given. Entries live as long as the ids, the last one longer.
+    storage of the ids, because a region may look up a view of the ids that it is given. Entries live as long as the ids, the
+    last one longer.
     """
 
     def __init__(self) -> None:

@@ -66,32 +66,39 @@ class NEFTuneEmbedding(nn.Embedding):
                 :func:`neft_kernels.replace_embeddings` made it noisy.
         """
         noise = self.noise
-        if noise is None or input.ndim == 0 or not noise.is_on(self, input):
-            return super().forward(input)
-        weight = self.weight
-        is_fused = not is_wrapper(weight)
+        plain = functools.partial(super().forward, input)
+        if noise is None or input.ndim == 0:
+            return plain()
+        options = noise.model.options
+        part = None if options.sequence_group is None else sharding.part_of_rank(input, options)
+        # Fused, each run of tokens would have a gradient of the size of the table.
+        is_fused = not is_wrapper(self.weight) and (part is None or part.is_one_run(input))
         if not torch.compiler.is_compiling():
             noise.was_fused = is_fused
-        if sharding.is_dtensor(weight):
-            ids = input.full_tensor() if sharding.is_dtensor(input) else input  # type: ignore[attr-defined]
-            groups = sharding.tensor_parallel_groups(self)
-            return sharding.add_to_whole(
-                super().forward(input), lambda embeds: _add_to(embeds, noise, ids, groups, sequences)
-            )
-        part = sharding.part_of_rank(input, noise.model.options)
-        if not is_fused or (part is not None and not part.is_one_run(input)):
-            # Fused, each run of tokens would have a gradient of the size of the table.
-            return _add_to(super().forward(input), noise, input, (), sequences)
+        if not is_fused:
+            return self._forward_in_two_steps(noise, plain, input, sequences)
         op = functools.partial(
             noisy_embedding,
             input,
-            weight,
+            self.weight,
             first_token=0 if part is None else part.pieces[0][0],
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return noise.add(op, input, self.embedding_dim, part, (), sequences)
+        return noise.add_if_on(self, op, plain, input, self.embedding_dim, part, sequences)
+
+    def _forward_in_two_steps(
+        self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
+    ) -> Tensor:
+        """The plain forward, then the noise on its output."""
+        if not noise.is_on(self, input):
+            return plain()
+        if not sharding.is_dtensor(self.weight):
+            return _add_to(plain(), noise, input, (), sequences)
+        ids = input.full_tensor() if sharding.is_dtensor(input) else input  # type: ignore[attr-defined]
+        groups = sharding.tensor_parallel_groups(self)
+        return sharding.add_to_whole(plain(), lambda embeds: _add_to(embeds, noise, ids, groups, sequences))
 
     def __prepare_scriptable__(self) -> nn.Embedding:
         """What torch.jit.script compiles in place of this module."""

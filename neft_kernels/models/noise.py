@@ -103,6 +103,19 @@ class EmbeddingNoise:
 
     # --- one batch ---
 
+    def add_if_on(
+        self,
+        module: nn.Module,
+        op: Callable[..., Tensor],
+        plain: Callable[[], Tensor],
+        ids: Tensor,
+        embedding_dim: int,
+        part: "Part | None",
+        sequences: dict[str, Tensor | None],
+    ) -> Tensor:
+        """:meth:`add`, or the result of `plain` if this pass of `module` has no noise."""
+        return self.add(op, ids, embedding_dim, part, (), sequences) if self.is_on(module, ids) else plain()
+
     def add(
         self,
         op: Callable[..., Tensor],
