@@ -19,30 +19,36 @@ TRITON ?= triton==3.9.0
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning/train.py
 
+# Tests that share an expensive fixture, such as a compiled wheel, are marked with a group; one process runs all of a group.
+IN_PARALLEL := --numprocesses 2 --dist loadgroup
+
 test: test-suite test-emulated  ## the test suite, then Triton's kernels once more, compiled
 
 test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Triton's kernels are interpreted
-	$(BIN)/python -m pytest --need-extension --numprocesses 2
+	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
 EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
-	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension --numprocesses 2 -k "triton or test_gpu" \
+	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu" \
 		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_programs.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
-	$(BIN)/python -m pytest --need-extension --numprocesses 2 --all-architectures
+	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL) --all-architectures
 
 test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs DeepSpeed, which comes as source only
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt deepspeed
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 \
 		tests/distributed_runs/run.py . zero3
+
+test-versions:  ## other versions of torch and transformers, in environments in .versions/; 20 GB; goes on where it was
+	$(PYTHON) tools/test_versions.py $(VERSIONS)
 
 install: $(INSTALLED)  ## everything that the other targets need
 

@@ -7,11 +7,13 @@ compared exactly: without noise, not a bit of a model may differ.
 import copy
 import inspect
 import pickle
+import re
 from typing import NamedTuple
 
 import pytest
 import torch
 import transformers
+from neft_kernels.watching import _CACHES
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -71,6 +73,13 @@ def test_architecture(model_type, tmp_path):
     check_checkpointing(model, plain, batch, model_type)
     check_restored(model, batch, evaluation, step, was)
     check_reloaded(model, tmp_path, model_type)
+
+
+def test_caches_have_known_names(model_type):
+    """A model calls its caches what replace_embeddings knows to be a cache, so that the next renamed one is noticed here."""
+    parameters = inspect.signature(architectures.model_class(model_type).forward).parameters.values()
+    caches = {each.name for each in parameters if re.search(r"Cache\b", str(each.annotation))}
+    assert caches <= {*_CACHES, *architectures.CACHES_OF_SOUND}
 
 
 def test_refused(refused_type):

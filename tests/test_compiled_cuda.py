@@ -35,6 +35,8 @@ ELEMENT_NAMES = {torch.float32: "Fp32", torch.float64: "Fp64", torch.float16: "F
 ID_NAMES = {None: "RowOfToken", torch.int32: "RowOfIdIi", torch.int64: "RowOfIdIl"}
 TARGET = "compute_90"
 
+pytestmark = pytest.mark.xdist_group("cuda")  # shares `library` and `kernels`
+
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):

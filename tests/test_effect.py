@@ -21,6 +21,8 @@ from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, ru
 from experiments.effect.prepare import prepare
 from experiments.effect.training import document_lengths, fine_tune
 
+pytestmark = pytest.mark.xdist_group("effect")  # shares `prepared`
+
 TINY = PRESETS["tiny"]
 MODULES = ("fractions.py", "pathlib.py", "random.py", "shutil.py", "textwrap.py")
 

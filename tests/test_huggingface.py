@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import generation
 
 from helpers.models import MODELS, batch, build, names
 from neft_kernels import (
@@ -124,10 +125,11 @@ def test_a_cache_means_generation():
     ids = batch()["input_ids"]
     for each in (model, plain):
         each.config.use_cache = True
+    name = generation.utils.ALL_CACHE_NAMES[0]
     with torch.no_grad():
-        prompt = plain(ids, use_cache=True).past_key_values
-    noisy = model(ids[:, :1], past_key_values=copy.deepcopy(prompt)).logits
-    assert torch.equal(noisy, plain(ids[:, :1], past_key_values=prompt).logits)
+        prompt = plain(ids, use_cache=True)[name]
+    noisy = model(ids[:, :1], **{name: copy.deepcopy(prompt)}).logits
+    assert torch.equal(noisy, plain(ids[:, :1], **{name: prompt}).logits)
 
 
 def test_restore_brings_back_the_original(name):

@@ -23,6 +23,8 @@ from helpers.skips import NO_INDEX
 from neft_kernels.ops.native import load
 from tools import check_install
 
+pytestmark = pytest.mark.xdist_group("install")  # shares `source_distribution` and `compiled`
+
 REPOSITORY = Path(__file__).parent.parent
 VECTORS = REPOSITORY / "tests" / "vectors" / "contract_vectors.json"
 # Mangled names, and those of their types and tables, in torch's namespaces.
@@ -292,18 +294,6 @@ def test_without_a_compiler_and_unasked_the_build_is_pure_python_and_works(sourc
     check_pure(use(tmp_path / "installed", tmp_path / "elsewhere", ""))
 
 
-def test_the_kernels_can_be_declined(source, tmp_path):
-    """Although torch is there."""
-    done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="0")
-    assert only_wheel(done, tmp_path / "out").name.endswith("-py3-none-any.whl")
-
-
-def test_any_other_value_of_the_switch_is_an_error(source, tmp_path):
-    done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="banana")
-    assert done.returncode != 0
-    assert "NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'" in done.stdout
-
-
 @pytest.fixture
 def modules_built(monkeypatch, tmp_path):
     """The extensions that setup.py would build, by name, on a machine without a CUDA toolkit but those the test makes."""
@@ -475,3 +465,8 @@ def test_pins_that_contradict_each_other_are_found(tmp_path):
     constraints.write_text("triton==3.9.0\n")
     with pytest.raises(SystemExit, match="ResolutionImpossible"):
         check_install.would_install(None, ["torch==2.13.0"], constraints)
+
+
+def test_any_other_value_of_the_switch_is_an_error(modules_built):
+    with pytest.raises(SystemExit, match="NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'"):
+        modules_built("banana")

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,7 @@ ARCHITECTURES = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090
 TARGETS = (TURING, *(f"sm_{architecture}" for architecture in ARCHITECTURES), "gfx942")  # ... and MI300
 QUICK_TARGETS = ("sm_90", "gfx942")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+OPS = ("noisy_embedding", "add_noise")
 QUICK_DTYPES = ("float64", "bfloat16")
 CUDA_DTYPES = {"Fp32": "float32", "Fp64": "float64", "Fp16": "float16", "Bf16": "bfloat16"}
 
@@ -164,7 +165,9 @@ def machine_code(target_name: str, launch: Callable[[], object], options: dict[s
     return codes
 
 
-def check_triton(target_name: str, dtype_name: str, width: int, options: dict[str, Any]) -> list[Kernel]:
+def check_triton(
+    target_name: str, dtype_name: str, width: int, ops: Sequence[str], options: dict[str, Any]
+) -> list[Kernel]:
     import torch
 
     from neft_kernels.ops import triton_noise
@@ -185,6 +188,8 @@ def check_triton(target_name: str, dtype_name: str, width: int, options: dict[st
 
     kernels = []
     for (op, variant), launch in launches.items():
+        if op not in ops:
+            continue
         (code,) = machine_code(target_name, launch, options)
         kernels.append(Kernel(target_name, "triton", op, dtype_name, f"{variant}, width {rows.shape[1]}", code))
     return kernels
@@ -296,6 +301,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two GPUs, and fewer element types of Triton's kernels")
     parser.add_argument("--target", action="append", choices=TARGETS, help="instead of all; can be repeated")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="likewise, of Triton's kernels")
+    parser.add_argument("--op", action="append", choices=OPS, help="likewise, and no magnitudes")
     parser.add_argument("--no-nvcc", action="store_true", help="leave the CUDA kernels out")
     parser.add_argument("--no-triton", action="store_true", help="leave the Triton kernels out")
     # 80 registers leave room for 24 warps on a multiprocessor, so for 48 KB of loads in flight.
@@ -317,24 +323,25 @@ def main() -> None:
     dtypes = options.dtype or (QUICK_DTYPES if options.quick else DTYPES)
     triton_options = dict(option.split("=") for option in options.triton_option)
     triton_options = {name: ast.literal_eval(value) for name, value in triton_options.items()}
+    ops = options.op or OPS
     problems = []
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         jobs = []
         if shutil.which("nvcc") and not options.no_nvcc:
             nvidia = [target for target in targets if target.startswith("sm_")]
-            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            sources = [ROOT / "csrc" / "cuda" / f"{op}.cu" for op in ops]
             jobs += [pool.submit(check_cuda, source, nvidia, options.nvcc_flag) for source in sources]
         elif not options.no_nvcc:
             problems.append("nvcc is not on the PATH, so the CUDA kernels WERE NOT CHECKED (--no-nvcc leaves them out)")
         if not options.no_triton:
             for_triton = [target for target in targets if target != TURING]
             jobs += [
-                pool.submit(check_triton, target, dtype, width, triton_options)
+                pool.submit(check_triton, target, dtype, width, ops, triton_options)
                 for target in for_triton
                 for dtype in dtypes
                 for width in options.width or WIDTHS[dtype][:: 2 if options.quick else 1]
             ]
-            magnitudes = [pool.submit(check_magnitude, target) for target in for_triton]
+            magnitudes = [pool.submit(check_magnitude, target) for target in for_triton if not options.op]
             problems += [problem for job in magnitudes for problem in job.result()]
         kernels = [kernel for job in jobs for kernel in job.result()]
     kernels.sort(key=lambda kernel: (kernel.source, targets.index(kernel.target), kernel.op, kernel.unaligned))
