@@ -13,6 +13,8 @@ from helpers.bits import equal_bits, expected_embedding_grad
 from helpers.devices import DTYPES, capped
 from neft_kernels import noisy_embedding, ops
 
+pytestmark = pytest.mark.cpu_extension
+
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 embedding_grad = ops.OVERLOADS["embedding_grad"]["cpu"]
 
