@@ -1,8 +1,8 @@
 # Every target does its own set-up: a virtual environment in $(VENV) with the versions of constraints.txt and the extension
 # built in place.
 #
-# make install BUILD=1       builds the CUDA extension too; CUDA_HOME names the CUDA toolkit, see setup.py
-# make install TORCH=...     another torch. One that is installed in $(VENV) stays, whatever its version
+# make -B install BUILD=1    builds the CUDA extension too; CUDA_HOME names the CUDA toolkit, see setup.py
+# make install TORCH=...     installs another torch. One that is installed in $(VENV) stays, whatever its version
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -129,8 +129,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" ninja
 	@$(BIN)/python -c "import torch" 2>/dev/null || printf "neft_kernels: %s\n" \
-		"downloads $(TORCH), on the public package index a build with CUDA: 2.7 GB, and 5 GB on disk" \
-		"   A build for CPUs takes 0.2 GB, and 0.8 GB on disk. To have that, stop here (Ctrl-C), install it, and run make again:" \
+		"downloads $(TORCH), on the public package index a build with CUDA: 2.7 GB, and 4.7 GB on disk" \
+		"   A build for CPUs takes 0.2 GB, and 0.9 GB on disk. To have that, stop here (Ctrl-C), install it, and run make again:" \
 		"   $(BIN)/python -m pip install $(TORCH) --index-url https://download.pytorch.org/whl/cpu"
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	@echo "neft_kernels: downloads what the tests and the demo need: 0.25 GB, and 0.2 GB more where torch brought no Triton;"

@@ -14,6 +14,8 @@ from helpers.devices import DTYPES, capped
 from neft_kernels import noisy_embedding
 from neft_kernels.ops.registration import OVERLOADS
 
+pytestmark = pytest.mark.cpu_extension
+
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 embedding_grad = OVERLOADS["embedding_grad"]["cpu"]
 

@@ -8,7 +8,6 @@ files, every check of its outcome in a fresh interpreter that starts elsewhere a
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,7 @@ from pathlib import Path
 import pytest
 
 import neft_kernels
-from helpers.skips import NO_INDEX
 from neft_kernels.ops.native import load
-from tools import check_install
 
 pytestmark = pytest.mark.xdist_group("install")  # shares `source_distribution` and `compiled`
 
@@ -445,26 +442,6 @@ def test_an_extension_that_was_not_built_says_how_to_build_it(monkeypatch, name,
         f"the extension was not built in {REPOSITORY / 'neft_kernels'}; build it in a checkout: "
         f"NEFT_KERNELS_BUILD={switch} pip install --no-build-isolation --editable ."
     )
-
-
-def test_the_index_can_serve_what_make_installs():
-    shown = subprocess.run(["make", "-n", "check-install"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    torch, triton = shlex.split(shown.stdout)[-2:]
-    done = run("-m", "tools.check_install", torch, triton, cwd=REPOSITORY)
-    if done.returncode == check_install.NO_INDEX:
-        pytest.skip(NO_INDEX)
-    assert done.returncode == 0, done.stdout
-    assert f"{torch} from the index" in done.stdout
-
-
-def test_pins_that_contradict_each_other_are_found(tmp_path):
-    """torch's builds with CUDA pin Triton; these two were pinned once."""
-    if not check_install.index_answers():
-        pytest.skip(NO_INDEX)
-    constraints = tmp_path / "constraints.txt"
-    constraints.write_text("triton==3.9.0\n")
-    with pytest.raises(SystemExit, match="ResolutionImpossible"):
-        check_install.would_install(None, ["torch==2.13.0"], constraints)
 
 
 def test_any_other_value_of_the_switch_is_an_error(modules_built):

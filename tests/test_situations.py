@@ -309,6 +309,7 @@ def test_a_table_that_is_quantised_when_it_is_noisy_already():
     assert report.last_magnitude == pytest.approx((bound(6), bound(3)))
 
 
+@pytest.mark.cpu_extension
 def test_describe_names_the_backend_of_a_table_that_is_kept_elsewhere():
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(llama(), torch.device("cpu"))
