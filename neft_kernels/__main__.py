@@ -6,7 +6,7 @@ import sys
 import torch
 
 import neft_kernels
-from neft_kernels import ops
+from neft_kernels.ops.backends import switches
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
         mark = "+" if backend.devices else "-"
         chosen = f", chosen for {', '.join(backend.chosen_for)} tensors" if backend.chosen_for else ""
         print(f"  {mark} {backend.name:<10} {backend.detail}{chosen}")
-    preferred = ops._PREFERRED_BACKEND
+    preferred = switches.backend
     if preferred is not None and preferred not in {backend.name for backend in found if backend.devices}:
         print(f"NEFT_KERNELS_BACKEND={preferred} names none that can run here", file=sys.stderr)
         return 1

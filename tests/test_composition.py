@@ -3,15 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal_bits
 from functorch.compile import aot_function, nop
-from small_models import (
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from helpers.bits import differing, equal_bits
+from helpers.models import (
     IDS,
     LLAMA_INPUTS,
     MASK,
     WEIGHT,
-    differing,
+    D,
     gradients,
+    llama,
     llama_batches,
     noisy_gemma,
     noisy_llama,
@@ -19,10 +23,6 @@ from small_models import (
     padded_batches,
     seeded,
 )
-from test_trainer import D, model
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-
 from neft_kernels import NEFTuneEmbedding, add_noise, describe, no_noise, noisy_embedding, set_alpha
 
 BOUNDARIES = torch.tensor([0, 2, 5])
@@ -158,7 +158,7 @@ def test_after_a_transform_over_masks_there_is_nothing_to_report():
 
 def test_double_backward_through_a_model():
     """The second derivative is that of the plain model at the noisy point."""
-    network = model().double()
+    network = llama().double()
     network.set_attn_implementation("eager")
     embedding = network.get_input_embeddings()
     direction = torch.randn(embedding.weight.shape, dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_autocast_leaves_the_embedding_alone_and_reaches_what_follows():
     assert noisy.weight.grad.dtype == torch.float32
 
     found = []
-    for network in (noisy_llama(alpha=0.0), model()):
+    for network in (noisy_llama(alpha=0.0), llama()):
         with torch.autocast("cpu", torch.bfloat16):
             loss = network(**LLAMA_INPUTS).loss
         loss.backward()
@@ -219,7 +219,7 @@ def test_deterministic_algorithms_change_nothing():
 
 
 def test_inference_mode_gives_the_plain_model_and_draws_nothing():
-    network, plain = noisy_llama(), model()
+    network, plain = noisy_llama(), llama()
     state = torch.get_rng_state()
     with torch.inference_mode():
         assert equal_bits(network(**LLAMA_INPUTS).logits, plain(**LLAMA_INPUTS).logits)
@@ -243,8 +243,8 @@ def test_a_model_on_the_meta_device():
     out.sum().backward()
     assert embedding.weight.grad.device.type == "meta"
     network.to_empty(device="cpu")
-    network.load_state_dict(model().state_dict())
-    network.model.rotary_emb = model().model.rotary_emb
+    network.load_state_dict(llama().state_dict())
+    network.model.rotary_emb = llama().model.rotary_emb
     assert equal_bits(seeded(network, **LLAMA_INPUTS).loss, seeded(noisy_llama(), **LLAMA_INPUTS).loss)
 
 
@@ -291,7 +291,7 @@ def test_a_compiled_module_is_one_graph_for_all_masks_and_lengths():
         assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("make", [model, noisy_llama, noisy_gemma])
+@pytest.mark.parametrize("make", [llama, noisy_llama, noisy_gemma])
 def test_a_compiled_llama_is_one_graph_for_all_masks_and_lengths(make):
     """As the plain one is."""
     torch._dynamo.reset()

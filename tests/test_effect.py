@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+from experiments.effect import run as effect
+from experiments.effect import training as effect_training
+from experiments.effect.data import library_sources, without_docstrings
+from experiments.effect.intervals import holm, paired_interval, t_quantile, t_two_sided
+from experiments.effect.measures import ngrams, repeated_share, rouge_l, seen_share
+from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
+from experiments.effect.prepare import prepare
+from experiments.effect.training import document_lengths, fine_tune
 
-import effect  # noqa: E402
-import effect_training  # noqa: E402
-import records  # noqa: E402
-from effect_data import library_sources, without_docstrings  # noqa: E402
-from effect_intervals import holm, paired_interval, t_quantile, t_two_sided  # noqa: E402
-from effect_measures import ngrams, repeated_share, rouge_l, seen_share  # noqa: E402
-from effect_plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs  # noqa: E402
-from effect_prepare import prepare  # noqa: E402
-from effect_training import document_lengths, fine_tune  # noqa: E402
+pytestmark = pytest.mark.xdist_group("effect")  # shares `prepared`
 
 TINY = PRESETS["tiny"]
 MODULES = ("fractions.py", "pathlib.py", "random.py", "shutil.py", "textwrap.py")
@@ -212,7 +209,7 @@ def test_noise_has_the_size_it_should_have(prepared, tmp_path):
 
 def test_an_experiment_goes_on_where_it_was(library, tmp_path, monkeypatch):
     """All runs are recorded once; a second call repeats none; one whose record was cut off midway is done again."""
-    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(effect, "RESULTS", tmp_path / "results")
     path = tmp_path / "results" / "effect.jsonl"
     effect.experiment(TINY, 1, tmp_path / "cache", library)
     lines = path.read_text().splitlines()
@@ -226,7 +223,7 @@ def test_an_experiment_goes_on_where_it_was(library, tmp_path, monkeypatch):
     assert path.read_bytes() == before
     monkeypatch.undo()
 
-    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(effect, "RESULTS", tmp_path / "results")
     path.write_bytes(before[:-100])
     assert len(effect.pending(TINY, start)) == 1
     effect.experiment(TINY, 1, tmp_path / "cache", library)

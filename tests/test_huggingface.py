@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import generation
 
+from helpers.models import MODELS, batch, build, names
 from neft_kernels import (
     NEFTuneEmbedding,
     describe,
@@ -19,71 +20,13 @@ from neft_kernels import (
     restore_embeddings,
     set_alpha,
 )
-from neft_kernels.sequences import Sequences
-
-SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-T5 = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-BART = {
-    "vocab_size": 50,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-}
-NO_DROPOUT = {"dropout": 0.0, "dropout_rate": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
-
-# model class, config, the noisy embeddings and their strategy
-MODELS = {
-    "llama": ("LlamaForCausalLM", {**SMALL, "num_key_value_heads": 2}, {"model.embed_tokens": "fused"}),
-    "qwen3, tied": (
-        "Qwen3ForCausalLM",
-        {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
-        {"model.embed_tokens": "fused"},
-    ),
-    "gemma3, scaled": (
-        "Gemma3ForCausalLM",
-        {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
-        {"model.embed_tokens": "add_noise"},
-    ),
-    "t5, shared table": (
-        "T5ForConditionalGeneration",
-        {**T5, "decoder_start_token_id": 0},
-        {"shared": "fused", "encoder.embed_tokens": "fused", "decoder.embed_tokens": "fused"},
-    ),
-    "bart, shared and scaled": (
-        "BartForConditionalGeneration",
-        {**BART, "scale_embedding": True},
-        {
-            "model.shared": "add_noise",
-            "model.encoder.embed_tokens": "add_noise",
-            "model.decoder.embed_tokens": "add_noise",
-        },
-    ),
-}
-
-
-def build(name):
-    class_name, options, _ = MODELS[name]
-    model_class = getattr(transformers, class_name)
-    torch.manual_seed(0)
-    return model_class(model_class.config_class(**options, **NO_DROPOUT)).train()
+from neft_kernels.models.batch import EMPTY_BATCH
 
 
 def expected_in(model, name):
-    """Name and strategy of the embeddings that are noisy: before transformers 5, T5 has one module under three names."""
+    """Name and strategy of the embeddings that become noisy: before transformers 5, T5 has one module under three names."""
     modules = dict(model.named_modules())
     return {key: strategy for key, strategy in MODELS[name][2].items() if key in modules}
-
-
-def batch():
-    torch.manual_seed(1)
-    ids = torch.randint(3, 50, (2, 7))
-    mask = torch.ones_like(ids)
-    mask[0, 4:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids}
 
 
 def noise_in(model, inputs):
@@ -107,10 +50,6 @@ def noise_in(model, inputs):
     for handle in handles:
         handle.remove()
     return {name: noisy[name] - outputs[name] for name in noisy}
-
-
-def names(model):
-    return [report.name for report in describe(model)]
 
 
 @pytest.fixture(params=MODELS)
@@ -298,7 +237,7 @@ def test_an_error_in_forward_leaves_no_masks_behind():
     bad["input_ids"] = bad["input_ids"] + 100
     with pytest.raises(IndexError, match="input_ids"):
         model(**bad)
-    assert model.model.embed_tokens.noise.settings.passes.sequences == Sequences()
+    assert model.model.embed_tokens.noise.model.passes.batch is EMPTY_BATCH
     (noise,) = noise_in(model, batch()).values()
     assert (noise[0, 4:] == 0).all()
 
@@ -336,7 +275,7 @@ def test_the_outer_masks_are_back_when_an_inner_module_returns():
     assert torch.equal((inside != plain).any(-1), mask.roll(1, -1).bool())
     assert torch.equal((outside != plain).any(-1), mask.bool())
     # A copy made in the middle of a pass has nothing of that pass.
-    assert model.copied.embedding.noise.settings.passes.sequences == Sequences()
+    assert model.copied.embedding.noise.model.passes.batch is EMPTY_BATCH
 
 
 def test_modules_built_noisy_are_copied_with_settings_of_their_own():

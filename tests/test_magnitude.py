@@ -4,21 +4,23 @@ import math
 
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from neft_kernels import noise_magnitude, ops
+from helpers.devices import CPU_BACKENDS
+from neft_kernels import noise_magnitude
+from neft_kernels.ops import magnitude as magnitude_module
+from neft_kernels.ops.registration import OVERLOADS
 
 D, ALPHA = 16, 5.0
 # What computes the magnitudes of tensors on the CPU: plain torch, where the backend has no kernel for it, or a kernel.
-COMPUTED_BY = ("reference", *(backend for backend in CPU_BACKENDS if backend in ops.MAGNITUDE_BACKENDS))
+COMPUTED_BY = ("reference", *(backend for backend in CPU_BACKENDS if backend in OVERLOADS["token_magnitude"]))
 
 
 @pytest.fixture(params=COMPUTED_BY, autouse=True)
 def computed_by(request, monkeypatch):
-    kernel = ops.OVERLOADS["token_magnitude"].get(request.param)
-    monkeypatch.setattr(ops, "magnitude_kernel", lambda device_type, backend: kernel)
+    kernel = OVERLOADS["token_magnitude"].get(request.param)
+    monkeypatch.setattr(magnitude_module, "magnitude_kernel", lambda device_type, backend: kernel)
     return request.param
 
 
@@ -198,7 +200,7 @@ def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
         tokens = ids(*next(reversed(case.values())).shape)
         got = noise_magnitude(tokens, 48, 7.3, **case)
         with monkeypatch.context() as patched:
-            patched.setattr(ops, "magnitude_kernel", lambda *_: None)
+            patched.setattr(magnitude_module, "magnitude_kernel", lambda *_: None)
             want = noise_magnitude(tokens, 48, 7.3, **case)
         assert got.dtype == torch.float32
         assert torch.equal(got, want), case

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import neft_kernels
+from helpers.models import D, llama, rows
 from neft_kernels import (
     NEFTuneCallback,
     describe,
@@ -29,29 +30,8 @@ from neft_kernels import (
     restore_embeddings,
     set_alpha,
 )
-from neft_kernels.noise import Noise
-from neft_kernels.trainer import _own_hook
-
-D = 16
-
-
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).train()
-
-
-def rows(count=12):
-    torch.manual_seed(1)
-    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (count, 9)).tolist()]
+from neft_kernels.integrations.trainer import _own_hook
+from neft_kernels.models.noise import EmbeddingNoise
 
 
 def trainer(tmp_path, network, callbacks=(), cls=Trainer, **options):
@@ -114,7 +94,7 @@ def is_plain(network):
 
 
 def test_callback_is_there_while_it_trains_and_gone_afterwards(tmp_path):
-    network, look = model(), Look()
+    network, look = llama(), Look()
     runner = trainer(tmp_path, network, [NEFTuneCallback(alpha=7.0, scale_by="batch"), look])
     assert is_plain(network)
     for _ in range(2):
@@ -128,14 +108,14 @@ def test_callback_is_there_while_it_trains_and_gone_afterwards(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_training_that_fails_leaves_a_plain_model(tmp_path, error):
-    network, look = model(), Look(fail_at=2, error=error)
+    network, look = llama(), Look(fail_at=2, error=error)
     runner = trainer(tmp_path, network, [NEFTuneCallback(), look])
     with pytest.raises(error):
         runner.train()
     assert len(look.reports[0]) == 1
     assert is_plain(network)
 
-    network, look = model(), Look(fail_at=2, error=error)
+    network, look = llama(), Look(fail_at=2, error=error)
     with patch_transformers():
         runner = trainer(tmp_path, network, [look], neftune_noise_alpha=5.0)
         with pytest.raises(error):
@@ -146,7 +126,7 @@ def test_a_training_that_fails_leaves_a_plain_model(tmp_path, error):
 
 def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
     before = own_hook()
-    network, look = model(), Look()
+    network, look = llama(), Look()
     with patch_transformers(scale_by="batch"):
         runner = trainer(tmp_path, network, [look], neftune_noise_alpha=5.0)
         for _ in range(2):
@@ -158,7 +138,7 @@ def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
     assert own_hook() == before
 
     look = Look()  # outside of it the Trainer's own hook is back
-    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
     assert look.reports == [()] * 3
     assert look.hooks == [1] * 3
 
@@ -168,11 +148,11 @@ def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
     first = patch_transformers()
     second = patch_transformers(scale_by="batch")
     look = Look()
-    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
     assert [len(report) for report in look.reports] == [1] * 3
     assert {report[0].scale_by for report in look.reports} == {"batch"}
     first.undo()  # in any order, and as often as one likes
-    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
     assert [len(report) for report in look.reports] == [1] * 6
     second.undo(), second.undo()
     assert own_hook() == before
@@ -183,7 +163,7 @@ def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
 
 def test_a_handle_undoes_only_what_it_did():
     """Taken back a second time, as the Trainer does where a run fails after its end, it leaves alone what came since."""
-    network = model()
+    network = llama()
     with patch_transformers():
         handle = activate(network, 5.0)
         assert len(describe(network)) == 1
@@ -196,7 +176,7 @@ def test_a_handle_undoes_only_what_it_did():
 
 def test_patching_leaves_a_model_alone_that_is_noisy_already(caplog):
     """As the callback does; and undoing what the Trainer did undoes nothing of the user's."""
-    network = replace_embeddings(model(), alpha=50.0)
+    network = replace_embeddings(llama(), alpha=50.0)
     with patch_transformers(), caplog.at_level(logging.WARNING, logger="neft_kernels"):
         handle = activate(network, 5.0)
         assert "noisy already" in caplog.text
@@ -218,7 +198,7 @@ def test_before_5_2_it_is_methods_of_the_trainer(monkeypatch, tmp_path):
         monkeypatch.delattr(transformers.trainer, name, raising=False)
         monkeypatch.setattr(Trainer, f"_{name}", lambda self, model: model, raising=False)
     before = own_hook()
-    network = model()
+    network = llama()
     runner = trainer(tmp_path, network, neftune_noise_alpha=5.0)
     with patch_transformers(scale_by="batch"):
         assert own_hook() != before
@@ -237,7 +217,7 @@ def test_patching_draws_nothing():
 
 def test_an_alpha_of_0_is_off_however_it_came():
     """To a compiled graph it is a number like others, once it has been set at run time; to people it is not."""
-    for network in (replace_embeddings(model(), alpha=0), replace_embeddings(model(), alpha=5.0)):
+    for network in (replace_embeddings(llama(), alpha=0), replace_embeddings(llama(), alpha=5.0)):
         set_alpha(network, 0)
         assert describe(network)[0].state == "off: alpha is 0"
         set_alpha(network, 1.0)
@@ -265,13 +245,13 @@ def test_never_two_noises(tmp_path, caplog):
     """Whatever of ours meets the Hugging Face hook steps aside and says so."""
     own_bound = 5.0 / (9 * D) ** 0.5
 
-    network, look = model(), Look()
+    network, look = llama(), Look()
     with caplog.at_level(logging.WARNING, logger="neft_kernels"):
         trainer(tmp_path, network, [NEFTuneCallback(50.0), look], neftune_noise_alpha=5.0).train()
     assert "neftune_noise_alpha is set as well" in caplog.text
     assert look.reports == [()] * 3
 
-    network, look = replace_embeddings(model(), alpha=50.0), Look()
+    network, look = replace_embeddings(llama(), alpha=50.0), Look()
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="neft_kernels"):
         trainer(tmp_path, network, [NEFTuneCallback(1.0), look]).train()
@@ -280,7 +260,7 @@ def test_never_two_noises(tmp_path, caplog):
     assert describe(network)[0].alpha == 50.0  # the callback does not undo what it did not do
 
     for order in ("hook first", "hook second"):
-        network = model()
+        network = llama()
         if order == "hook second":
             replace_embeddings(network, alpha=50.0)
         handle = activate(network, 5.0)
@@ -302,7 +282,7 @@ def test_never_two_noises(tmp_path, caplog):
 
 def test_scale_by_batch_is_the_rule_of_the_hugging_face_hook():
     """The hook computes it in float32, so half a unit in the last place apart."""
-    network, ids = model(), torch.zeros(2, 9, dtype=torch.int64)
+    network, ids = llama(), torch.zeros(2, 9, dtype=torch.int64)
     embedding = network.get_input_embeddings()
     nn.init.zeros_(embedding.weight)
     activate(network, 5.0)
@@ -314,7 +294,7 @@ def test_scale_by_batch_is_the_rule_of_the_hugging_face_hook():
 
 def test_schedule_follows_the_trainers_step(tmp_path):
     look = Look()
-    network = model()
+    network = llama()
     callback = NEFTuneCallback(alpha=lambda step: 10.0 * step)
     trainer(tmp_path, network, [callback, look], gradient_accumulation_steps=2).train()
     assert [report[0].alpha for report in look.reports] == [0.0, 10.0, 20.0]
@@ -324,7 +304,7 @@ def test_schedule_follows_the_trainers_step(tmp_path):
 
 def test_a_callback_that_steps_aside_lets_the_training_run(tmp_path):
     """It tells its schedule to nobody; and what Trainer.train returns is what it returns without us."""
-    network, look = replace_embeddings(model(), alpha=50.0), Look()
+    network, look = replace_embeddings(llama(), alpha=50.0), Look()
     output = trainer(tmp_path, network, [NEFTuneCallback(lambda step: 1.0), look]).train()
     assert output.global_step == 3
     assert [report[0].alpha for report in look.reports] == [50.0] * 3
@@ -340,7 +320,7 @@ def test_a_smaller_batch_is_tried_with_noise(way, tmp_path, caplog):
             if len(self.reports) == 1:
                 raise RuntimeError("CUDA out of memory.")
 
-    network, look = model(), OutOfMemoryOnce()
+    network, look = llama(), OutOfMemoryOnce()
     callbacks, options = [NEFTuneCallback(7.0), look], {}
     if way == "patch":
         callbacks, options = [look], {"neftune_noise_alpha": 7.0}
@@ -361,7 +341,7 @@ def test_a_callback_that_was_removed_leaves_no_noise(error, tmp_path):
             runner.remove_callback(NEFTuneCallback)
             super().on_step_end(args, state, control, **kwargs)
 
-    network, look = model(), Removes(error and 2, error)
+    network, look = llama(), Removes(error and 2, error)
     runner = trainer(tmp_path, network, [NEFTuneCallback(), look])
     with pytest.raises(error) if error else contextlib.nullcontext():
         runner.train()
@@ -383,7 +363,7 @@ def test_trainings_in_two_threads_end_each_its_own_noise(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             second_has_begun.wait(60)
 
-    networks = model(), model()
+    networks = llama(), llama()
     runners = [
         trainer(tmp_path / str(each), network, [NEFTuneCallback(), waits()])
         for each, (network, waits) in enumerate(zip(networks, (WaitsForTheSecond, WaitsForTheFirst), strict=True))
@@ -415,7 +395,7 @@ def test_train_is_wrapped_once_by_whichever_comes_first(first, monkeypatch):
 
 
 def test_what_accelerate_wraps_is_unwrapped_first():
-    network = model()
+    network = llama()
     wrapped = nn.Sequential(network)
     accelerator = SimpleNamespace(unwrap_model=lambda given: given[0])
     with patch_transformers():
@@ -436,12 +416,12 @@ def test_an_alpha_that_is_set_during_training_stays(tmp_path):
             set_alpha(kwargs["model"], 8.0)
 
     look = Sets()
-    trainer(tmp_path, model(), [NEFTuneCallback(5.0), look]).train()
+    trainer(tmp_path, llama(), [NEFTuneCallback(5.0), look]).train()
     assert [report[0].alpha for report in look.reports] == [5.0, 8.0, 8.0]
 
 
 def test_schedule_counts_forward_passes_and_set_alpha_changes_it():
-    network = replace_embeddings(model(), alpha=lambda step: 1.0 + step)
+    network = replace_embeddings(llama(), alpha=lambda step: 1.0 + step)
     ids = torch.arange(3, 12)[None]
     seen = []
     for _ in range(3):
@@ -480,7 +460,7 @@ def test_a_compiled_model_follows_set_alpha_without_compiling_again():
 def test_a_compiled_model_does_not_freeze_a_schedule(fullgraph):
     """It cannot count, and says so; also where the embedding runs uncompiled, because the compiler gave up on it."""
     torch._dynamo.reset()
-    network = replace_embeddings(model(), alpha=lambda step: 5.0 if step < 2 else 0.0)
+    network = replace_embeddings(llama(), alpha=lambda step: 5.0 if step < 2 else 0.0)
     ids = torch.arange(3, 12)[None]
     with pytest.raises(Exception, match=r"set_alpha\(\.\.\., step="):
         torch.compile(network, fullgraph=fullgraph, backend="eager")(ids)
@@ -489,7 +469,7 @@ def test_a_compiled_model_does_not_freeze_a_schedule(fullgraph):
 def test_a_schedule_counts_on_in_a_model_that_is_compiled_in_part():
     """The outermost module is not compiled, and so it counts; the embedding inside of the compiled part follows."""
     torch._dynamo.reset()
-    network = replace_embeddings(model(), alpha=lambda step: 1.0 + step)
+    network = replace_embeddings(llama(), alpha=lambda step: 1.0 + step)
     network.model.compile(backend="eager")
     ids = torch.arange(3, 12)[None]
     for step in range(3):
@@ -515,7 +495,7 @@ def test_a_compiled_model_follows_a_schedule_whose_step_is_told():
 
 
 def test_a_recomputed_pass_is_not_counted():
-    network = replace_embeddings(model(), alpha=lambda step: 5.0 * (step + 1))
+    network = replace_embeddings(llama(), alpha=lambda step: 5.0 * (step + 1))
     ids = torch.arange(3, 12)[None]
     gradients = []
     for recompute in (False, True):
@@ -536,7 +516,7 @@ def test_noise_on_the_prompt_or_the_completion_only():
     ids = torch.arange(3, 12)[None]
     labels = torch.where(torch.arange(9) < 4, -100, ids)
     for noise_on, noisy in (("prompt", torch.arange(9) < 4), ("completion", torch.arange(9) >= 4)):
-        network = replace_embeddings(model(), alpha=50.0, noise_on=noise_on)
+        network = replace_embeddings(llama(), alpha=50.0, noise_on=noise_on)
         output = network(ids, labels=labels, output_hidden_states=True).hidden_states[0]
         changed = (output != network.get_input_embeddings().weight[ids]).any(-1)[0]
         assert torch.equal(changed, noisy)
@@ -544,7 +524,7 @@ def test_noise_on_the_prompt_or_the_completion_only():
         with pytest.raises(ValueError, match=f"noise_on='{noise_on}' needs labels"):
             network(ids)
     with pytest.raises(ValueError, match="noise_on"):
-        replace_embeddings(model(), noise_on="answers")
+        replace_embeddings(llama(), noise_on="answers")
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
@@ -552,8 +532,9 @@ def test_noise_on_the_prompt_or_the_completion_only():
         replace_embeddings(t5, noise_on="prompt")
 
 
+@pytest.mark.cpu_extension
 def test_the_first_noisy_batch_is_logged_once(caplog):
-    network = replace_embeddings(model(), alpha=5.0)
+    network = replace_embeddings(llama(), alpha=5.0)
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
         for _ in range(2):
             network(torch.arange(3, 12)[None], attention_mask=torch.ones(1, 9))
@@ -563,7 +544,7 @@ def test_the_first_noisy_batch_is_logged_once(caplog):
 
 
 def test_the_log_of_a_schedule_and_of_what_could_not_be_used(caplog):
-    network = replace_embeddings(model(), alpha=lambda step: 3.0 + step)
+    network = replace_embeddings(llama(), alpha=lambda step: 3.0 + step)
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
         network(torch.arange(3, 12)[None], attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
     (message,) = [record.getMessage() for record in caplog.records if "noise is on" in record.getMessage()]
@@ -574,10 +555,10 @@ def test_the_log_of_a_schedule_and_of_what_could_not_be_used(caplog):
 def test_magnitudes_are_read_only_for_a_log_that_is_kept(caplog, monkeypatch):
     """On a GPU reading them waits for the device."""
     read = []
-    monkeypatch.setattr(Noise, "bounds", lambda noise: read.append(noise))
+    monkeypatch.setattr(EmbeddingNoise, "bounds", lambda noise: read.append(noise))
     for level, reads in ((logging.WARNING, 0), (logging.INFO, 1)):
         with caplog.at_level(level, logger="neft_kernels"):
-            replace_embeddings(model(), alpha=5.0)(torch.arange(3, 12)[None])
+            replace_embeddings(llama(), alpha=5.0)(torch.arange(3, 12)[None])
         assert len(read) == reads
 
 
@@ -615,7 +596,7 @@ def test_sft_trainer(tmp_path, case, peft):
         bf16=False,
         **SFT[case],
     )
-    network, look = model(), Look()
+    network, look = llama(), Look()
     runner = trl.SFTTrainer(
         network,
         config,

@@ -9,7 +9,7 @@
 namespace neft {
 namespace {
 
-// Throws std::out_of_range, an IndexError in Python, naming the id and where it stands.
+// Throws std::out_of_range, an IndexError in Python. The message names the id and its position.
 [[noreturn]] void throw_id_out_of_range(const Tensor& input_ids, int64_t token, int64_t id, int64_t num_embeddings) {
   std::vector<int64_t> position(input_ids.dim());
   for (int64_t dim = input_ids.dim() - 1; dim >= 0; --dim) {

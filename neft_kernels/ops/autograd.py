@@ -1,0 +1,232 @@
+"""The ops with their gradients, and the two public functions on top of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import checks
+from .backends import choose_backend
+from .registration import OVERLOADS
+
+__all__ = ["NoisyEmbedding", "add_noise", "draw_seed", "noisy_embedding"]
+
+NOISE_ARGUMENTS = 5  # seed, token_magnitude, magnitude, stream, first_token
+
+
+class NoisyEmbedding(torch.autograd.Function):
+    """Embedding look-up plus noise in one kernel. The gradient is that of the plain embedding.
+
+    ``NoisyEmbedding.apply(op, options, input_ids, weight, seed, token_magnitude, magnitude, stream, first_token)``
+
+    All arguments are positional and already checked; :func:`noisy_embedding` checks them and calls this. `op` is an overload
+    of ``torch.ops.neft_kernels.noisy_embedding``. `options` are padding_idx (-1: none), scale_grad_by_freq and sparse. The
+    noise does not depend on the weight, so it has no part in the gradient.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        op: Callable[..., Tensor],
+        options: tuple[int, bool, bool],
+        input_ids: Tensor,  # [...]
+        weight: Tensor,  # [V, D]
+        *noise: Any,
+    ) -> Tensor:  # [..., D]
+        return op(input_ids, weight, *noise)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.op, ctx.options, input_ids, weight, *_ = inputs
+        ctx.save_for_backward(input_ids)
+        ctx.num_embeddings = weight.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (input_ids,) = ctx.saved_tensors
+        grad_weight = _embedding_grad(ctx.op, grad, input_ids, ctx.num_embeddings, *ctx.options)
+        return None, None, None, grad_weight, *(None,) * NOISE_ARGUMENTS
+
+
+def _embedding_grad(
+    op: Callable[..., Tensor],  # of the forward
+    grad: Tensor,  # [..., D]
+    input_ids: Tensor,  # [...]
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:  # [V, D]
+    """The gradient of the table: from the CPU kernel if the forward ran on it, else PyTorch's."""
+    if op is OVERLOADS["noisy_embedding"]["cpu"] and not sparse and not _is_transformed(grad):
+        kernel = OVERLOADS["embedding_grad"]["cpu"]
+        return kernel(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq)
+    return torch.ops.aten.embedding_backward(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq, sparse)
+
+
+def _is_transformed(grad: Tensor) -> bool:
+    """Whether `grad` is differentiated or vectorized itself, or is of a subclass. PyTorch has rules for these."""
+    if type(grad) is not Tensor or (grad.requires_grad and torch.is_grad_enabled()):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class AddNoise(torch.autograd.Function):
+    """Noise on given embeddings. The gradient passes through unchanged.
+
+    ``AddNoise.apply(op, embeds, seed, token_magnitude, magnitude, stream, first_token)``, see :func:`add_noise`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Callable[..., Tensor], embeds: Tensor, *noise: Any) -> Tensor:  # [..., D]
+        return op(embeds, *noise)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, grad, *(None,) * NOISE_ARGUMENTS
+
+
+def _is_differentiated(values: Tensor) -> bool:
+    """Whether an op on `values`, the weight or the embeddings, needs its autograd function."""
+    if torch.compiler.is_compiling():
+        if torch._C._functorch.maybe_current_level() is not None:  # the compiler would drop backward without an error
+            raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")
+    elif torch._C._are_functorch_transforms_active():  # whatever requires_grad says
+        return True
+    return torch.is_grad_enabled() and values.requires_grad
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # Function.apply inspects the signature of forward at each call, for torch.func alone. This skips it.
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _with_tangent(noisy: Tensor, plain: Tensor) -> Tensor:
+    """`noisy` with the derivatives of `plain`, from which it differs by a constant, for forward-mode differentiation.
+
+    An autograd function with a formula for forward mode could not be compiled by torch.compile.
+    """
+    return noisy + (plain - plain.detach())
+
+
+def noisy_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    magnitude: float | Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    first_token: int = 0,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``weight[input_ids] + magnitude * u``, ``u`` uniform in (-1, 1), in one kernel.
+
+    Args:
+        input_ids: token ids, any shape ``[...]`` and any integer dtype.
+        weight: the embedding table, ``[V, D]``; float32, float64, float16 or bfloat16.
+        magnitude: the bound of the noise, >= 0: a number, or a float32 tensor broadcastable to ``input_ids.shape``. A
+            token of magnitude 0 gets its row unchanged. :func:`neft_kernels.noise_magnitude` computes NEFTune's.
+        seed: an int64 tensor of one element on the device, or an int. None draws a seed from the device's default generator.
+            The same seed gives the same noise on every backend and device.
+        stream: in [0, 2**32). Replicas that share a seed use different streams.
+        first_token: the number of the first token, for callers that hold a part of a batch.
+        padding_idx, scale_grad_by_freq, sparse: as in :func:`torch.nn.functional.embedding`. They affect the gradient only.
+        backend: "triton", "cuda", "cpu" or "reference". None takes the best one for the device.
+
+    Returns:
+        ``[..., D]``, contiguous, of the dtype of `weight`.
+
+    Raises:
+        IndexError: an id is outside ``[0, V)``. On a GPU this is checked only with ``NEFT_KERNELS_CHECK_IDS=1``, because the
+            host has to wait for it. Without it the row of such an id is NaN.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value. The message names it.
+        RuntimeError: the backend that was asked for cannot run here.
+
+    The noise is that of NEFTune (Jain et al. 2023, arXiv 2310.05914). :mod:`neft_kernels.ops.reference` defines every bit of
+    it.
+    """
+    checks.check_values(weight, "weight", 2)
+    device = weight.device
+    input_ids = checks.check_input_ids(input_ids, device)
+    token_magnitude, number = checks.check_magnitude(magnitude, input_ids.shape, device)
+    if stream or first_token:
+        checks.check_counters(stream, first_token)
+    options = (checks.check_padding_idx(padding_idx, weight.shape[0]), scale_grad_by_freq, sparse)
+    op = OVERLOADS["noisy_embedding"][choose_backend(device.type, backend)]
+    noise = (
+        draw_seed(device) if seed is None else checks.check_seed(seed, device),
+        token_magnitude,
+        number,
+        stream,
+        first_token,
+    )
+    if forward_ad._current_level >= 0:
+        return _with_tangent(
+            op(input_ids, weight.detach(), *noise), torch.nn.functional.embedding(input_ids, weight, padding_idx)
+        )
+    if _is_differentiated(weight):
+        return _apply(NoisyEmbedding, op, options, input_ids, weight, *noise)
+    return op(input_ids, weight, *noise)
+
+
+def add_noise(
+    embeds: Tensor,
+    magnitude: float | Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    stream: int = 0,
+    first_token: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """``embeds + magnitude * u``: the noise of :func:`noisy_embedding` on embeddings that are not a plain table look-up.
+
+    Args:
+        embeds: ``[..., D]``; float32, float64, float16 or bfloat16.
+        magnitude: the bound of the noise, >= 0: a number, or a float32 tensor broadcastable to ``embeds.shape[:-1]``.
+        seed, stream, first_token, backend: as in :func:`noisy_embedding`.
+
+    Returns:
+        ``[..., D]``, contiguous, a new tensor. The gradient passes through unchanged.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`noisy_embedding`.
+    """
+    checks.check_values(embeds, "embeds", None)
+    device = embeds.device
+    token_magnitude, number = checks.check_magnitude(magnitude, embeds.shape[:-1], device)
+    if stream or first_token:
+        checks.check_counters(stream, first_token)
+    op = OVERLOADS["add_noise"][choose_backend(device.type, backend)]
+    noise = (
+        draw_seed(device) if seed is None else checks.check_seed(seed, device),
+        token_magnitude,
+        number,
+        stream,
+        first_token,
+    )
+    if forward_ad._current_level >= 0:
+        return _with_tangent(op(embeds.detach(), *noise), embeds)
+    if _is_differentiated(embeds):
+        return _apply(AddNoise, op, embeds, *noise)
+    return op(embeds, *noise)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed from the default generator of `device`, int64 ``[1]``. The host does not wait for it."""
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
