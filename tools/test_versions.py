@@ -207,6 +207,8 @@ def build(base: Path) -> None:
         release = re.search(r"release (\d+)", said)
         can_build = release is not None and release[1] == cuda.split(".")[0]
     print(f"building the {'CPU and CUDA extensions' if can_build else 'CPU extension'}", flush=True)
+    for built in (base / "source").glob("neft_kernels/**/*.so"):  # of sources that may have moved since
+        built.unlink()
     switch = {"NEFT_KERNELS_BUILD": "1" if can_build else "cpu"}
     run(base, "setup.py", "-q", "build_ext", "--inplace", cwd=base / "source", variables=switch)
 
