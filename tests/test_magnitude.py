@@ -77,6 +77,35 @@ def test_packed_by_position_ids():
     assert torch.equal(noise_magnitude(ids(1, 6), D, ALPHA, position_ids=offset), want[:1])
 
 
+ONES = [1] * 6
+#: Positions, the mask or None, and the length of each token's sequence, 0 for padding.
+POSITIONS = {
+    "a jump ahead beside a mask": ([0, 1, 2, 1000, 1001, 1002], ONES, [6] * 6),
+    "a repeated position beside a mask": ([0, 1, 1, 1, 2, 3], ONES, [6] * 6),
+    "packed beside a mask of ones": ([0, 1, 2, 0, 1, 2], ONES, [3] * 6),
+    "positions that decrease beside a mask": ([5, 6, 7, 3, 4, 5], ONES, [3] * 6),
+    "padding on the left beside its mask": ([1, 1, 1, 0, 1, 2], [0, 0, 0, 1, 1, 1], [0, 0, 0, 3, 3, 3]),
+    "padding on the left without a mask": ([1, 1, 1, 0, 1, 2], None, [0, 0, 0, 3, 3, 3]),
+    "one token of padding on the left": ([1, 0, 1, 2, 3, 4], None, [0, 5, 5, 5, 5, 5]),
+    "padding on the right without a mask": ([0, 1, 2, 1, 1, 1], None, [3, 3, 3, 0, 0, 0]),
+    "a jump ahead without a mask": ([0, 1, 2, 1000, 1001, 1002], None, [3] * 6),
+    "packed padding with a mask of 1 and position 0": ([0, 1, 2, 0, 0, 0], ONES, [3, 3, 3, 0, 0, 0]),
+    "one token of packed padding": ([0, 1, 0, 1, 2, 0], ONES, [2, 2, 3, 3, 3, 0]),
+    "sequences of one token inside": ([0, 0, 0, 1, 2, 3], ONES, [1, 1, 4, 4, 4, 4]),
+    "nothing but packed padding": ([0] * 6, ONES, [0] * 6),
+    "one token behind padding that the mask tells": ([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]),
+    "packed padding before padding that the mask tells": ([0, 1, 2, 0, 0, 0], [1, 1, 1, 1, 0, 0], [3, 3, 3, 1, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_where_a_sequence_begins_and_what_is_padding_by_position(case):
+    positions, mask, want = POSITIONS[case]
+    given = {} if mask is None else {"attention_mask": torch.tensor([mask])}
+    got = noise_magnitude(ids(1, 6), D, ALPHA, position_ids=torch.tensor([positions]), **given)
+    assert torch.equal(got, lengths(want))
+
+
 def test_packed_and_padded():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])

@@ -613,3 +613,13 @@ def test_sft_trainer(tmp_path, case, peft):
     assert max(bounds) > min(bounds)
     assert all(report[0].note == "" for report in look.reports)
     assert describe(runner.model) == ()
+
+
+def test_patched_the_attribute_of_the_hook_goes_when_training_ends(tmp_path):
+    """Unsloth's generated trainers set it on the embedding before they train."""
+    network, look = llama(), Look()
+    network.get_input_embeddings().neftune_noise_alpha = 5.0
+    with patch_transformers():
+        trainer(tmp_path, network, [look], neftune_noise_alpha=5.0).train()
+    assert all(report.state == "on" for (report,) in look.reports)
+    assert "neftune_noise_alpha" not in vars(network.get_input_embeddings())

@@ -23,6 +23,11 @@ const int64_t* data_of(const std::optional<Tensor>& tensor) {
   return static_cast<const int64_t*>(tensor->const_data_ptr());
 }
 
+// Whether a sequence begins at a token with this position, after a token with the position `before`.
+bool begins(int64_t position, int64_t before, bool has_mask) {
+  return has_mask ? position < before || position == 0 : position != before + 1;
+}
+
 // One row of `length` tokens. `mask` and `positions` may be null, but not both.
 class Row {
  public:
@@ -34,7 +39,7 @@ class Row {
     const auto is_present = [&](int64_t t) { return mask == nullptr || mask[t] != 0; };
     for (int64_t t = 0, run = 0; t < length_; ++t) {
       if (positions != nullptr) {
-        run += t > 0 && positions[t] != positions[t - 1] + 1;
+        run += t > 0 && begins(positions[t], positions[t - 1], mask != nullptr);
         sequence_[t] = run;
       } else {
         sequence_[t] = std::clamp<int64_t>(mask[t], 0, length_);
@@ -50,7 +55,9 @@ class Row {
 
     for (int64_t t = 0; t < length_; ++t) {
       const int64_t tokens = tokens_[sequence_[t]];
-      const bool noisy = t < end && is_present(t) && (positions != nullptr || mask[t] > 0);
+      // transformers gives padding on the left the position 1, so each token of it looks like a sequence of one.
+      const bool is_filling = mask == nullptr && tokens == 1 && positions[t] == 1 && length_ > 1;
+      const bool noisy = t < end && !is_filling && is_present(t) && (positions != nullptr || mask[t] > 0);
       // Neighbouring tokens of equal length share a square root.
       if (tokens != last_tokens_) {
         last_tokens_ = tokens;

@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from neft_kernels.models.lookups import input_embeddings
+from neft_kernels.models.noise import HOOK_ATTRIBUTE
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.replace import noisy_modules, replace_embeddings, restore_embeddings, set_alpha
 from neft_kernels.ops.backends import logger
@@ -101,14 +103,17 @@ class NEFTuneCallback(TrainerCallback):
 
 
 class patch_transformers:
-    """Makes the Trainer's own ``neftune_noise_alpha`` run on our kernels, with no other change: TRL, axolotl, LLaMA-Factory.
+    """Makes the Trainer's own ``neftune_noise_alpha`` run on our kernels: TRL, axolotl, LLaMA-Factory.
 
     ::
 
         patch_transformers()                      # from here on
         with patch_transformers(): ...            # or only in here
 
-    Unlike the Trainer's own hook it also goes away when training fails. Options are those of
+    Call it in the process that trains. Commands such as ``axolotl train`` and ``swift sft`` train in a child process:
+    ``neft-kernels run axolotl train config.yaml`` patches that as well.
+
+    Unlike the Trainer's own hook the noise also ends when training fails. Options are those of
     :func:`neft_kernels.replace_embeddings`; calling it again replaces them. :meth:`undo` brings back what was there before.
     """
 
@@ -158,6 +163,9 @@ class patch_transformers:
 
         def deactivate_neftune(model: nn.Module, hook_handle: Any, accelerator: Any = None) -> None:
             hook_handle.remove()
+            embedding, _ = input_embeddings(model if accelerator is None else accelerator.unwrap_model(model))
+            if embedding is not None:
+                embedding.__dict__.pop(HOOK_ATTRIBUTE, None)  # which some trainers set, although there is no such hook
 
         return activate_neftune, deactivate_neftune
 
@@ -170,7 +178,7 @@ class patch_transformers:
             return model
 
         def _deactivate_neftune(trainer: Any, model: nn.Module) -> None:
-            deactivate(model, trainer.neftune_hook_handle)
+            deactivate(model, trainer.neftune_hook_handle, trainer.accelerator)
 
         return _activate_neftune, _deactivate_neftune
 
