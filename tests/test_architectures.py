@@ -94,7 +94,10 @@ def test_refused(refused_type):
 
 def test_lists_are_disjoint():
     assert not set(architectures.REFUSED) & set(architectures.NOT_BUILT)
-    assert set(SAMPLE) <= set(architectures.model_types())
+    assert not set(SAMPLE) & {
+        *architectures.REFUSED,
+        *architectures.NOT_BUILT,
+    }  # that each is there, the sample's tests see
 
 
 # --- what is checked -------------------------------------------------------------------------------------------------
