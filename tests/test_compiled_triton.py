@@ -5,10 +5,14 @@ and seeds, is for the other tests, which `make test` runs there too.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
 from gpu_doubles.emulated_gpu.accesses import SECTOR_BYTES
 from gpu_doubles.emulated_gpu.arithmetic import Unsupported
@@ -192,7 +196,7 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
         (ids, aligned.t().contiguous().t(), None, 3),
         (ids, aligned, torch.rand(7), 3),
         (ids, aligned.bfloat16(), None, 3),
-        (ids, aligned, None, 2**31),  # of 64 bits, so other code, and not kept
+        (ids, aligned, None, 2**31),  # of 64 bits, so other code
     ]
     asked = []
     run = triton_noise.noisy_rows_kernel.run
@@ -201,6 +205,55 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
         for these_ids, rows, per_token, stream in launches:
             out = triton_noise.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
             assert equal_bits(out, reference.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0))
-    kept = len(launches) - 2
-    assert len(triton_noise._compiled) == kept
-    assert len(asked) == kept + 3
+    assert len(triton_noise._compiled) == len(asked) == len(launches) - 1
+
+
+class StubDriver:
+    """Of a GPU that is not there."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return repr(self.target)
+
+
+class StubKernel:
+    def __getitem__(self, grid):
+        return lambda *arguments: None
+
+
+@pytest.mark.parametrize(
+    ("target", "kernels"), [(GPUTarget("hip", "gfx942", 64), 2), (GPUTarget("cuda", 90, 32), 1)], ids=str
+)
+def test_a_kernel_is_not_kept_for_tensors_that_triton_tells_apart(monkeypatch, target, kernels):
+    """On AMD, those of less than 2 GiB, which 32 bits address, from larger ones."""
+    monkeypatch.setattr(triton_noise, "_compiled", {})
+    asked = []
+    kernel = triton_noise.noisy_rows_kernel
+    monkeypatch.setattr(kernel, "run", lambda *a, **k: asked.append(0) or StubKernel())
+    before = driver.active
+    driver.set_active(StubDriver(target))
+    try:
+        small = torch.empty(4, 64, dtype=torch.bfloat16)
+        large = torch.empty(1 << 30, dtype=torch.bfloat16)[:256].view(4, 64)  # of 2 GiB that are never touched
+        for rows in (small, large, small, large):
+            triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)
+    finally:
+        driver.set_active(before)
+    assert len(asked) == len(triton_noise._compiled) == kernels
+
+
+def test_asynchronous_compilation(monkeypatch):
+    """The first launch then gives a promise of the kernel, which later ones cannot be made of."""
+    monkeypatch.setattr(triton_noise, "_compiled", {})
+    rows = table(4, 72, torch.float16)  # of which no other test has a kernel
+    expected = reference.add_noise(rows, SEED, None, 0.1, 0, 0)
+    triton_noise.noisy_rows_kernel.device_caches.clear()
+    with ThreadPoolExecutor(1) as executor, triton.AsyncCompileMode(executor):
+        first = triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)
+    for out in (first, triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)):
+        assert equal_bits(out, expected)

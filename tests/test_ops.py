@@ -46,6 +46,16 @@ def test_opcheck(backend):
         assert set(result.values()) == {"SUCCESS"}, (op, args)
 
 
+def test_opcheck_of_the_gradient():
+    for grad, ids in (
+        (torch.randn(2, 3, 6), torch.tensor([[1, 2, 2], [3, 8, 0]])),
+        (torch.randn(4, 6).half(), torch.arange(4)),
+    ):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        result = torch.library.opcheck(OVERLOADS["embedding_grad"]["cpu"], (grad, ids, 9, 2, True), test_utils=tests)
+        assert set(result.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("backend", [None, *CPU_BACKENDS])
 def test_meta_tensors(backend):
     ids, weight = torch.empty(3, 4, dtype=torch.int64, device="meta"), torch.empty(9, 6, device="meta")

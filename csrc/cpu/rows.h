@@ -21,11 +21,17 @@ struct RowNoise {
 using AddNoiseToRow = void (*)(const void* in, void* out, int64_t begin, int64_t end, const RowNoise& noise,
                                const void* next);
 
+// out[begin:end] = the sum of rows[:count][begin:end] / divisor, taken in fp64 from first to last and rounded once. `rows`
+// are the rows' offsets in `data`, in bytes. rows[count] must be the offset of a row too: it is fetched into the cache.
+using SumRows = void (*)(const void* data, const int64_t* rows, int64_t count, int64_t begin, int64_t end, int64_t divisor,
+                         void* out);
+
 constexpr int64_t kColumnAlignment = 128;  // the columns of one batch of the widest kernel: 16 lanes x 8 columns
 
 struct RowKernels {
   const char* name;
   AddNoiseToRow fp32, fp64, fp16, bf16;
+  SumRows sum_fp32, sum_fp64, sum_fp16, sum_bf16;
 };
 
 namespace portable {

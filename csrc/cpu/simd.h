@@ -1,6 +1,6 @@
 // Vectors by GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to whatever the instruction set has.
-// Only three things are written with intrinsics, because the compiler finds no good code for them: the widening multiply,
-// the interleaving of 64-bit lanes and the conversion of half-precision floats.
+// Only four things are written with intrinsics, because the compiler finds no good code for them: the widening multiply,
+// the interleaving of 64-bit lanes and the conversions of half-precision floats and of doubles.
 //
 // Included by one translation unit per instruction set, which defines NEFT_NAMESPACE and NEFT_LANES first.
 #pragma once
@@ -57,9 +57,33 @@ NEFT_FUNCTION void store(void* to, const Vector& vector) {
 NEFT_FUNCTION Ints as_signed(Words words) { return bit_cast<Ints>(words); }
 NEFT_FUNCTION Floats as_float(Words words) { return bit_cast<Floats>(words); }
 NEFT_FUNCTION Floats to_float(Ints ints) { return __builtin_convertvector(ints, Floats); }
+
+// GCC 12 makes four instructions of either conversion.
+#if NEFT_LANES == 16
+NEFT_FUNCTION Doubles widen(HalfFloats floats) { return bit_cast<Doubles>(_mm512_cvtps_pd(bit_cast<__m256>(floats))); }
+NEFT_FUNCTION HalfFloats narrow(Doubles doubles) {
+  return bit_cast<HalfFloats>(_mm512_cvtpd_ps(bit_cast<__m512d>(doubles)));
+}
+#elif NEFT_LANES == 8
+NEFT_FUNCTION Doubles widen(HalfFloats floats) { return bit_cast<Doubles>(_mm256_cvtps_pd(bit_cast<__m128>(floats))); }
+NEFT_FUNCTION HalfFloats narrow(Doubles doubles) {
+  return bit_cast<HalfFloats>(_mm256_cvtpd_ps(bit_cast<__m256d>(doubles)));
+}
+#else
+NEFT_FUNCTION Doubles widen(HalfFloats floats) { return __builtin_convertvector(floats, Doubles); }
+NEFT_FUNCTION HalfFloats narrow(Doubles doubles) { return __builtin_convertvector(doubles, HalfFloats); }
+#endif
+
 NEFT_FUNCTION Doubles widen_half(Floats floats, int half) {
   const auto* bytes = reinterpret_cast<const char*>(&floats);
-  return __builtin_convertvector(load<HalfFloats>(bytes + half * sizeof(HalfFloats)), Doubles);
+  return widen(load<HalfFloats>(bytes + half * sizeof(HalfFloats)));
+}
+NEFT_FUNCTION Floats narrow(const Doubles (&halves)[2]) {
+  Floats floats;
+  auto* bytes = reinterpret_cast<char*>(&floats);
+  for (int half = 0; half < 2; ++half)
+    store(bytes + half * sizeof(HalfFloats), narrow(halves[half]));
+  return floats;
 }
 NEFT_FUNCTION Words widen(HalfWords halves) { return __builtin_convertvector(halves, Words); }
 

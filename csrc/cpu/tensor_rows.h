@@ -98,15 +98,16 @@ class Noise {
 struct ElementKernel {
   int64_t size;  // bytes
   AddNoiseToRow add_noise;
+  SumRows sum;
 };
 
 inline ElementKernel element_kernel(ScalarType dtype) {
   const RowKernels& kernels = row_kernels();
   switch (dtype) {
-    case ScalarType::Float: return {4, kernels.fp32};
-    case ScalarType::Double: return {8, kernels.fp64};
-    case ScalarType::Half: return {2, kernels.fp16};
-    case ScalarType::BFloat16: return {2, kernels.bf16};
+    case ScalarType::Float: return {4, kernels.fp32, kernels.sum_fp32};
+    case ScalarType::Double: return {8, kernels.fp64, kernels.sum_fp64};
+    case ScalarType::Half: return {2, kernels.fp16, kernels.sum_fp16};
+    case ScalarType::BFloat16: return {2, kernels.bf16, kernels.sum_bf16};
     default: throw std::invalid_argument("the element type must be fp32, fp64, fp16 or bf16");
   }
 }

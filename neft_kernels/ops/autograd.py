@@ -40,15 +40,40 @@ class NoisyEmbedding(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.options, input_ids, weight, *_ = inputs
+        ctx.op, ctx.options, input_ids, weight, *_ = inputs
         ctx.save_for_backward(input_ids)
         ctx.num_embeddings = weight.shape[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (input_ids,) = ctx.saved_tensors
-        grad_weight = torch.ops.aten.embedding_backward(grad, input_ids, ctx.num_embeddings, *ctx.options)
+        grad_weight = _embedding_grad(ctx.op, grad, input_ids, ctx.num_embeddings, *ctx.options)
         return None, None, None, grad_weight, *(None,) * NOISE_ARGUMENTS
+
+
+def _embedding_grad(
+    op: Callable[..., Tensor],  # of the forward
+    grad: Tensor,  # [..., D]
+    input_ids: Tensor,  # [...]
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:  # [V, D]
+    """The gradient of the table: from the CPU kernel if the forward ran on it, else PyTorch's."""
+    if op is OVERLOADS["noisy_embedding"]["cpu"] and not sparse and not _is_transformed(grad):
+        kernel = OVERLOADS["embedding_grad"]["cpu"]
+        return kernel(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq)
+    return torch.ops.aten.embedding_backward(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq, sparse)
+
+
+def _is_transformed(grad: Tensor) -> bool:
+    """Whether `grad` is differentiated or vectorized itself, or is of a subclass. PyTorch has rules for these."""
+    if type(grad) is not Tensor or (grad.requires_grad and torch.is_grad_enabled()):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class AddNoise(torch.autograd.Function):

@@ -24,9 +24,16 @@ _SCHEMAS = {
     "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}) -> Tensor",
     "add_noise": f"(Tensor embeds, {_NOISE}) -> Tensor",
     "token_magnitude": "(Tensor? attention_mask, Tensor? position_ids, float alpha, int embedding_dim) -> Tensor",
+    "embedding_grad": "(Tensor grad, Tensor input_ids, SymInt num_embeddings, int padding_idx, bool scale_grad_by_freq) "
+    "-> Tensor",
 }
-#: The backends of each op. Where a backend has no kernel for magnitudes, magnitude.py computes them in plain torch.
-_BACKENDS_OF = {"noisy_embedding": BACKENDS, "add_noise": BACKENDS, "token_magnitude": ("triton", "cpu")}
+#: The backends of each op. Without a kernel, magnitude.py computes magnitudes in plain torch, and gradients are PyTorch's.
+_BACKENDS_OF = {
+    "noisy_embedding": BACKENDS,
+    "add_noise": BACKENDS,
+    "token_magnitude": ("triton", "cpu"),
+    "embedding_grad": ("cpu",),
+}
 
 
 # --- fakes: what an op returns, without its values -------------------------------------------------------------------
@@ -46,10 +53,15 @@ def _fake_token_magnitude(attention_mask: Tensor | None, position_ids: Tensor | 
     return given.new_empty(given.shape, dtype=torch.float32)
 
 
+def _fake_embedding_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, *_: Any) -> Tensor:
+    return grad.new_empty((num_embeddings, grad.shape[-1]))
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "noisy_embedding": _fake_noisy_embedding,
     "add_noise": _fake_add_noise,
     "token_magnitude": _fake_token_magnitude,
+    "embedding_grad": _fake_embedding_grad,
 }
 
 
