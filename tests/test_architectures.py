@@ -13,13 +13,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from neft_kernels.watching import _CACHES
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from helpers import architectures
 from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings
+from neft_kernels.models.passes import _CACHES
 
 ALPHA = 5.0
 
