@@ -1,6 +1,6 @@
-// Vectors by GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to whatever the instruction set has.
-// Only four things are written with intrinsics, because the compiler finds no good code for them: the widening multiply,
-// the interleaving of 64-bit lanes and the conversions of half-precision floats and of doubles.
+// Vectors with GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to the instruction set in use. Only
+// four operations use intrinsics, because the compiler generates slow code for them: the widening multiplication, the
+// interleaving of 64-bit lanes and the conversions of half-precision floats and of doubles.
 //
 // Included by one translation unit per instruction set, which defines NEFT_NAMESPACE and NEFT_LANES first.
 #pragma once
