@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,6 +234,8 @@ def test_an_experiment_goes_on_where_it_was(library, cache, tmp_path, monkeypatc
     monkeypatch.setattr(effect, "RESULTS", tmp_path / "results")
     path.write_bytes(before[:-100])
     assert len(effect.pending(TINY, start)) == 1
+    # That workers are processes was seen above; starting one takes longer than the run.
+    monkeypatch.setattr(effect, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     effect.experiment(TINY, 1, cache, library)
     assert effect.pending(TINY, start) == []
     again, first = json.loads(path.read_text().splitlines()[-1]), json.loads(lines[-1])
