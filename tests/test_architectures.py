@@ -13,13 +13,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from neft_kernels.watching import _CACHES
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from helpers import architectures
 from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings
+from neft_kernels.models.passes import _CACHES
 
 ALPHA = 5.0
 
@@ -94,7 +94,10 @@ def test_refused(refused_type):
 
 def test_lists_are_disjoint():
     assert not set(architectures.REFUSED) & set(architectures.NOT_BUILT)
-    assert set(SAMPLE) <= set(architectures.model_types())
+    assert not set(SAMPLE) & {
+        *architectures.REFUSED,
+        *architectures.NOT_BUILT,
+    }  # that each is there, the sample's tests see
 
 
 # --- what is checked -------------------------------------------------------------------------------------------------

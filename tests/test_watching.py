@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 import transformers
-from neft_kernels.watching import _CACHES
 from torch import nn
 from transformers import generation
 
 from helpers.models import build
 from neft_kernels import describe, replace_embeddings, set_alpha
+from neft_kernels.models.passes import _CACHES
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
