@@ -1,6 +1,6 @@
 """GPU benchmark: forward, backward and both, peak memory, launch overhead and a CUDA graph's replay.
 
-    make bench-gpu          # or: python benchmarks/gpu.py --quick
+    make bench-gpu          # or: python -m benchmarks.gpu --quick
 
 Everything is verified before it is timed. Variants are timed in turns, in random order, by device events, with the L2 cache
 flushed before each timing; medians and quartiles go to ``results/gpu.jsonl`` with device, driver, versions and commit.
@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import records
 import torch
-from gpu_timing import Timer, copy_bandwidth, host_microseconds, interleaved, peak_above_output, replay
 from torch import Tensor, nn
-from variants import PASSES, Shape, builders, verify
+
+from benchmarks import records
+from benchmarks.gpu_timing import Timer, copy_bandwidth, host_microseconds, interleaved, peak_above_output, replay
+from benchmarks.variants import PASSES, Shape, builders, verify
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TABLES = ((32000, 4096), (128256, 4096), (151936, 2048))
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("there are no quartiles of fewer than 2 rounds")
     begin = time.monotonic()
     if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs a GPU, and torch finds none here", file=sys.stderr)
+        print("the benchmark needs a GPU, and torch finds none here", file=sys.stderr)
         return 1
 
     commit = options.commit or records.commit()

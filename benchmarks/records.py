@@ -14,7 +14,7 @@ import torch
 
 import neft_kernels
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # of the benchmarks; the experiments have their own
 
 
 def environment() -> dict[str, Any]:
@@ -39,7 +39,7 @@ def commit() -> str:
     here = Path(__file__).parent
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     # The records themselves are no change to what is measured.
-    status = ["git", "status", "--porcelain", "-uno", "--", ":/", f":!{RESULTS.name}"]
+    status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude,glob)**/results/*"]
     changed = subprocess.run(status, cwd=here, capture_output=True, text=True)
     return (head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")) or "unknown"
 

@@ -6,12 +6,15 @@ Every group is verified, then timed interleaved; see timing.py. Goals are those 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-import records
 import torch
-from timing import Replay, Samples, interleaved, peak_above_output
-from variants import PASSES, Shape, forwards
+
+from benchmarks import records
+from benchmarks.timing import Replay, Samples, interleaved, peak_above_output
+from benchmarks.variants import PASSES, Shape, forwards
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 #: The goals: at most this times the plain embedding, and the hook at least this times ours; for 2048 x 4096.
@@ -37,21 +40,25 @@ def measured(shape: Shape) -> tuple[dict[str, Samples], dict[str, int | None]]:
     calls = forwards(shape)
     # The least of a few: the allocator may still hold on to what was freed before.
     peaks = {name: [peak_above_output(calls[name]) for _ in range(3)] for name in VARIANTS}
-    return interleaved(calls), {name: None if None in found else min(found) for name, found in peaks.items()}
+    known = {name: [peak for peak in found if peak is not None] for name, found in peaks.items()}
+    return interleaved(calls), {name: min(found) if found else None for name, found in known.items()}
 
 
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(benchmark, summary, request, shape, variant):
+def test_forward(
+    benchmark: Any, summary: Callable[[str], None], request: pytest.FixtureRequest, shape: Shape, variant: str
+) -> None:
     samples, peak_bytes = measured(shape)
     replay.load(samples[variant])
     benchmark.group = str(shape)
     benchmark.pedantic(lambda: None, rounds=len(samples[variant].seconds))
     if variant == VARIANTS[-1]:
         summary(line(shape, samples))
-        if shape in MAIN and None not in peak_bytes.values():
-            memory = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in peak_bytes.items())
+        sizes = {name: size for name, size in peak_bytes.items() if size is not None}
+        if shape in MAIN and sizes:
+            memory = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
             summary(f"{shape!s:44} memory beyond the output: {memory}")
         if request.config.getoption("--record"):
             records.append(

@@ -7,16 +7,17 @@ add_noise, on the same tensor).
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-import records
 import torch
-from test_cpu_forward import BF16, FP32, replay, table
-from timing import Samples, interleaved
 from torch import Tensor
 from transformers.integrations.neftune import neftune_post_forward_hook
-from variants import ALPHA, Shape, training_modules, verify
 
+from benchmarks import records
+from benchmarks.test_cpu_forward import BF16, FP32, replay, table
+from benchmarks.timing import Samples, interleaved
+from benchmarks.variants import ALPHA, Shape, training_modules, verify
 from neft_kernels import add_noise, noise_magnitude, noisy_embedding
 
 VARIANTS = ("plain", "hook", "ours")
@@ -132,7 +133,14 @@ def measured(shape: Shape, passes: str) -> dict[str, Samples]:
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("shape", "passes"), CASES, ids=str)
-def test_pass(benchmark, summary, request, shape, passes, variant):
+def test_pass(
+    benchmark: Any,
+    summary: Callable[[str], None],
+    request: pytest.FixtureRequest,
+    shape: Shape,
+    passes: str,
+    variant: str,
+) -> None:
     samples = measured(shape, passes)
     replay.load(samples[variant])
     benchmark.group = f"{shape}, {passes}"

@@ -1,6 +1,6 @@
 """The embedding's share of a training step: a small Llama under the real Trainer, with no noise, the Trainer's own, and ours.
 
-    python benchmarks/training_step.py
+    python -m benchmarks.training_step
 
 Every step is timed whole, and within it the embedding with all its hooks. The three variants train in turns, several rounds of
 them, so that a noisy machine is equally noisy to all; medians and quartiles over all steps but the first ones of each round go
@@ -13,11 +13,11 @@ import tempfile
 import time
 from typing import Any
 
-import records
 import torch
-from timing import Samples
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks import records
+from benchmarks.timing import Samples
 from neft_kernels import replace_embeddings
 
 ALPHA = 5.0

@@ -1,9 +1,9 @@
 """Which tile is the fastest on this GPU? Tries sizes of tiles, numbers of warps and of registers of the Triton kernel.
 
-    make tune-gpu          # or: python benchmarks/tune_gpu.py
+    make tune-gpu          # or: python -m benchmarks.tune_gpu
 
 Each is verified bit for bit, then all are timed in turns, with a cold L2; see gpu_timing.py. Prints the share of a copy's
-bandwidth that each reaches, and appends to ``results/gpu_tuning.jsonl``. The constants are in triton_backend.py.
+bandwidth that each reaches, and appends to ``results/gpu_tuning.jsonl``. The constants are in triton_noise.py.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import records
 import torch
-from gpu import batches
-from gpu_timing import Timer, copy_bandwidth, interleaved
 from torch import Tensor
-from variants import PASSES, Shape
 
-from neft_kernels import noisy_embedding, triton_backend
+from benchmarks import records
+from benchmarks.gpu import batches
+from benchmarks.gpu_timing import Timer, copy_bandwidth, interleaved
+from benchmarks.variants import PASSES, Shape
+from neft_kernels import noisy_embedding
+from neft_kernels.ops import triton_noise
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = (
@@ -44,18 +45,18 @@ Tile = tuple[int, int, int | None]  # vectors, warps, registers
 @contextlib.contextmanager
 def launched_as(tile: Tile) -> Iterator[None]:
     """Within this context the kernel is compiled and launched for `tile`."""
-    before, kept = [getattr(triton_backend, name) for name in _CONSTANTS], triton_backend._compiled
+    before, kept = [getattr(triton_noise, name) for name in _CONSTANTS], triton_noise._compiled
     for name, value in zip(_CONSTANTS, tile, strict=True):
-        setattr(triton_backend, name, value)
-    triton_backend._compiled = _compiled_for.setdefault(tile, {})
-    triton_backend._tile.cache_clear()
+        setattr(triton_noise, name, value)
+    triton_noise._compiled = _compiled_for.setdefault(tile, {})
+    triton_noise._tile.cache_clear()
     try:
         yield
     finally:
         for name, value in zip(_CONSTANTS, before, strict=True):
-            setattr(triton_backend, name, value)
-        triton_backend._compiled = kept
-        triton_backend._tile.cache_clear()
+            setattr(triton_noise, name, value)
+        triton_noise._compiled = kept
+        triton_noise._tile.cache_clear()
 
 
 _CONSTANTS = ("TILE_VECTORS", "NUM_WARPS", "MAX_REGISTERS")
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="folder of the records (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks/tune_gpu.py needs a GPU, and torch finds none here", file=sys.stderr)
+        print("the tuner needs a GPU, and torch finds none here", file=sys.stderr)
         return 1
     timer = Timer()
     ceiling = copy_bandwidth(timer)

@@ -136,6 +136,6 @@ def test_the_function_is_an_autograd_function():
     weight = torch.randn(7, 5, requires_grad=True)
     seed = torch.tensor([5])
     op = torch.ops.neft_kernels.noisy_embedding.reference
-    out = NoisyEmbedding.apply(op, (-1, False, False), ids(), weight, seed, None, 0.1, 0, 0)
+    out = NoisyEmbedding.apply(op, ids(), weight, seed, None, 0.1, 0, 0, -1, False, False)
     assert torch.equal(out, noisy_embedding(ids(), weight, 0.1, seed=5))
     assert "NoisyEmbedding" in type(out.grad_fn).__name__

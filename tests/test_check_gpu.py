@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
+ROOT = Path(__file__).parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
 
 
 def check_gpu(*arguments, **environment):
     # Not the suite's TRITON_INTERPRET, for a check of what the tool does with it.
-    command = [sys.executable, TOOLS / "check_gpu.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    command = [sys.executable, "-m", "tools.check_gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_kernels_pass():
@@ -53,14 +53,15 @@ def test_guards_see_a_bad_triton_kernel(target, expected):
     ]
     if target == "sm_90":
         bad += ["--triton-option", "maxnreg=24"]
-    result = check_gpu("--no-nvcc", "--target", target, "--dtype", "bfloat16", *bad)
+    result = check_gpu("--no-nvcc", "--target", target, "--dtype", "bfloat16", "--op", "add_noise", *bad)
     assert result.returncode == 1
     for sentence in expected:
         assert sentence in result.stderr, result.stderr
 
 
 def test_a_triton_kernel_without_a_bound_on_registers_waits_for_its_loads():
-    result = check_gpu("--no-nvcc", "--target", "sm_90", "--dtype", "bfloat16", "--triton-option", "maxnreg=None")
+    of_one = ("--target", "sm_90", "--dtype", "bfloat16", "--op", "noisy_embedding", "--width", "4096")
+    result = check_gpu("--no-nvcc", *of_one, "--triton-option", "maxnreg=None")
     assert result.returncode == 1
     assert "of 4 loads of 16 bytes under way" in result.stderr
 
@@ -71,13 +72,14 @@ if HAS_NVCC:
 
     def test_guards_see_a_bad_cuda_kernel():
         bad = (TOO_FEW_REGISTERS, "--nvcc-flag=-ftz=true", "--max-multiplies", "1")
-        result = check_gpu("--no-triton", "--target", "sm_90", *bad)
+        result = check_gpu("--no-triton", "--target", "sm_90", "--op", "add_noise", *bad)
         assert result.returncode == 1
         for sentence in ("spills", "multiplies", "subnormal"):
             assert sentence in result.stderr, result.stderr
 
     def test_a_kernel_that_does_not_compile():
-        result = check_gpu("--no-triton", "--target", "sm_90", "--nvcc-flag=-DNEFT_NAMESPACE=1")
+        broken = ("--op", "add_noise", "--nvcc-flag=-DNEFT_NAMESPACE=1")
+        result = check_gpu("--no-triton", "--target", "sm_90", *broken)
         assert result.returncode == 1
         assert "nvcc cannot compile" in result.stderr
 
@@ -90,9 +92,7 @@ def test_a_missing_nvcc_is_an_error(tmp_path):
 
 @pytest.fixture
 def tool(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    import check_gpu
-    import machine_code
+    from tools import check_gpu, machine_code
 
     return check_gpu, machine_code
 
@@ -165,11 +165,11 @@ def test_each_guard_alone(tool, sentence):
     ],
 )
 def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
-    from neft_kernels import triton_backend
+    from neft_kernels.ops import triton_noise
 
-    rows, vectors, grid = triton_backend._tile(embedding_dim, element_size)
+    rows, vectors, grid = triton_noise._tile(embedding_dim, element_size)
     assert (rows, vectors, grid) == expected
-    assert rows * vectors == triton_backend.TILE_VECTORS
+    assert rows * vectors == triton_noise.TILE_VECTORS
 
 
 AMDGCN = """

@@ -1,6 +1,6 @@
-"""Contract: a checkpointed region that holds the embedding itself has the same noise when it is recomputed, or none twice, or
-says why it cannot.
-"""
+"""Contract: a checkpointed region that holds the embedding itself has the same noise when it is recomputed, or none twice."""
+
+import contextlib
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from neft_kernels import replace_embeddings
+from neft_kernels import no_noise, replace_embeddings
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
@@ -81,53 +81,130 @@ def test_the_reentrant_kind_has_no_noise_in_either_pass():
     assert_equal(step("reentrant"), step(None, alpha=0.0))
 
 
-@pytest.mark.parametrize("region", [Region, RegionWithPositions])
-def test_masks_that_are_gone_when_the_region_is_recomputed_are_an_error(region):
-    with pytest.raises(RuntimeError, match="attention_mask; give them to a module inside the region"):
-        step("non-reentrant", region=region, attention_mask=MASK)
-    assert_equal(step("non-reentrant", region=region), step(None, region=region))  # there were none
+@pytest.mark.parametrize("around_backward", [contextlib.nullcontext, save_on_cpu])
+@pytest.mark.parametrize("around_forward", [contextlib.nullcontext, save_on_cpu])
+@pytest.mark.parametrize("how", ["reentrant", "non-reentrant"])
+def test_hooks_on_saved_tensors_change_nothing(how, around_forward, around_backward):
+    """They move what is saved, ids included, to other storages, and they may be active in either pass or in both."""
+
+    def run(how, alpha):
+        model = replace_embeddings(Model(how, Region), alpha=alpha).train()
+        torch.manual_seed(1)
+        with around_forward():
+            out = model(IDS, attention_mask=MASK)
+        with around_backward():
+            out.square().sum().backward()
+        return out.detach(), [parameter.grad for parameter in model.parameters()]
+
+    assert_equal(run(how, 5.0), run(None, 0.0 if how == "reentrant" else 5.0))
 
 
-def test_only_what_the_noise_depends_on_must_be_told_again():
-    ids = IDS.clone()
-    for options, inputs in (({"scale_by": "batch"}, {"attention_mask": MASK}), ({}, {"labels": ids})):
+class RegionOfAView(Region):
+    """Looks up a view of the ids that it is given."""
 
-        class Takes(Model):
-            def forward(self, input_ids, attention_mask=None, labels=None):
-                return super().forward(input_ids, attention_mask)
-
-        model = replace_embeddings(Takes("non-reentrant", Region), **options).train()
-        model(ids, **inputs).sum().backward()
+    def forward(self, ids, like):
+        return super().forward(ids.view(-1, ids.shape[-1] // 2), like)
 
 
-def test_labels_that_are_gone_are_an_error_where_they_choose_the_tokens():
-    class Takes(Model):
-        def forward(self, input_ids, labels=None):
-            return super().forward(input_ids)
-
-    for noise_on in ("prompt", "completion"):
-        model = replace_embeddings(Takes("non-reentrant", Region), noise_on=noise_on).train()
-        out = model(IDS, labels=IDS)
-        with pytest.raises(RuntimeError, match="labels; give them to a module inside the region"):
-            out.sum().backward()
+class RegionOfASlice(Region):
+    def forward(self, ids, like):
+        return super().forward(ids[1:], like)
 
 
-def test_what_was_told_last_of_the_same_ids_counts():
-    model = replace_embeddings(Model("non-reentrant", Region)).train()
-    model(IDS, attention_mask=MASK)
-    model(IDS).sum().backward()
+@pytest.mark.parametrize("region", [Region, RegionWithPositions, RegionOfAView, RegionOfASlice])
+@pytest.mark.parametrize("options", [{}, {"scale_by": "batch"}], ids=str)
+def test_masks_that_are_gone_when_the_region_is_recomputed_need_not_be_given_again(region, options):
+    """The modules around the region, which were given them, do not run again; the magnitude of the first pass holds."""
+    for inputs in ({"attention_mask": MASK}, {}):
+        assert_equal(step("non-reentrant", region=region, **inputs), step(None, region=region, **inputs))
 
 
-def test_what_was_told_of_other_ids_does_not_matter():
-    model = replace_embeddings(Model("non-reentrant", RegionWithMask)).train()
-    first, second = IDS.clone(), IDS.clone()
-    with_mask, without = model(first, attention_mask=MASK), model(second)
-    (with_mask.sum() + without.sum()).backward()
-    model(first, attention_mask=MASK)
-    checkpoint(lambda ids: model.region.embedding(ids), second, use_reentrant=False).sum().backward()
+class TakesLabels(Model):
+    def forward(self, input_ids, labels=None):
+        return super().forward(input_ids)
 
-    lost = replace_embeddings(Model("non-reentrant", Region)).train()
-    with_mask, without = lost(first, attention_mask=MASK), lost(second)
-    without.sum().backward()
-    with pytest.raises(RuntimeError, match="attention_mask; give them"):
-        with_mask.sum().backward()
+
+@pytest.mark.parametrize("noise_on", ["prompt", "completion"])
+def test_labels_that_are_gone_need_not_be_given_again(noise_on):
+    gradients = []
+    for how in (None, "non-reentrant"):
+        model = replace_embeddings(TakesLabels(how, Region), noise_on=noise_on).train()
+        torch.manual_seed(1)
+        model(IDS, labels=IDS.masked_fill(IDS < 4, -100)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("how", ["reentrant", "non-reentrant"])
+def test_backward_outside_of_no_noise_recomputes_no_noise(how):
+    def run(how, alpha):
+        model = replace_embeddings(Model(how, Region), alpha=alpha).train()
+        with no_noise(model):
+            out = model(IDS)
+        out.square().sum().backward()
+        return out.detach(), [parameter.grad for parameter in model.parameters()]
+
+    assert_equal(run(how, 5.0), run(None, 0.0))
+
+
+def test_a_schedule_that_has_moved_on_recomputes_the_noise_of_its_step():
+    gradients = []
+    for how in (None, "non-reentrant"):
+        model = replace_embeddings(Model(how, Region), alpha=lambda step: 5.0 / (1 + step)).train()
+        torch.manual_seed(1)
+        outputs = [model(IDS.clone()) for _ in range(3)]
+        torch.stack(outputs).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    # The engine adds the gradients of the three passes up in the same order.
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("cut", [lambda ids: list(ids.split(1)), lambda ids: [row.clone() for row in ids.split(1)]])
+def test_several_batches_before_backward_are_told_apart(cut):
+    """Copies, and slices of one tensor, as pipelines cut it; each with lengths of its own."""
+    gradients = []
+    for how in (None, "non-reentrant"):
+        model = replace_embeddings(Model(how, Region)).train()
+        torch.manual_seed(1)
+        parts = cut(IDS.clone())
+        out = [model(ids, attention_mask=mask) for ids, mask in zip(parts, MASK.split(1), strict=True)]
+        torch.stack(out).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_pass_that_begins_inside_backward_has_noise_of_its_own():
+    """As in losses that run the model in a hook on their gradient."""
+    model = replace_embeddings(Model(None, Region)).train()
+    seen = []
+
+    def run(gradient):
+        with torch.enable_grad():
+            seen.append(model.region.embedding(IDS).detach())
+
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(run)
+    x.sum().backward()
+    assert not torch.equal(seen[0], model.region.embedding.weight[IDS])
+
+
+def test_a_pass_inside_backward_on_other_ids_does_not_repeat_the_last_one():
+    model = replace_embeddings(Model(None, Region)).train()
+    seen = []
+
+    def run(gradient):
+        with torch.enable_grad():
+            seen.append(model.region.embedding(IDS.flip(1), attention_mask=MASK).detach())
+
+    with no_noise(model):
+        out = model(IDS)
+    out.register_hook(run)
+    out.sum().backward()
+    assert torch.equal((seen[0] != model.region.embedding.weight[IDS.flip(1)]).any(-1), MASK.bool())
+
+
+def test_nothing_is_kept_of_ids_that_are_gone_but_of_the_last():
+    model = replace_embeddings(Model(None, Region)).train()
+    for _ in range(3):
+        model(IDS.clone()).sum().backward()
+        assert len(model.region.embedding.noise.first_passes._by_storage) == 1

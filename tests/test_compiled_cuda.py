@@ -7,13 +7,12 @@ written once, nothing beside the tensors is touched, no byte is moved in vain. T
 import ctypes
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, equal_bits
-from cuda_emulation import (
+
+from gpu_doubles.cuda_emulation import (
     IDENTITIES,
     LAYOUTS,
     PER_TOKEN,
@@ -24,17 +23,19 @@ from cuda_emulation import (
     ids_of,
     table,
 )
-from emulated_gpu import machine, ptx
-from emulated_gpu.accesses import SECTOR_BYTES
-from emulated_gpu.driver import memories_of
-from emulated_gpu.memory import Memory, MemoryFault
-
-sys.path.insert(0, str(ROOT / "tools"))
-from check_gpu import nvcc
+from gpu_doubles.emulated_gpu import machine, ptx
+from gpu_doubles.emulated_gpu.accesses import SECTOR_BYTES
+from gpu_doubles.emulated_gpu.driver import memories_of
+from gpu_doubles.emulated_gpu.memory import Memory, MemoryFault
+from helpers.bits import equal_bits
+from helpers.devices import DTYPES
+from tools.check_gpu import nvcc
 
 ELEMENT_NAMES = {torch.float32: "Fp32", torch.float64: "Fp64", torch.float16: "Fp16", torch.bfloat16: "Bf16"}
 ID_NAMES = {None: "RowOfToken", torch.int32: "RowOfIdIi", torch.int64: "RowOfIdIl"}
 TARGET = "compute_90"
+
+pytestmark = pytest.mark.xdist_group("cuda")  # shares `library` and `kernels`
 
 
 @pytest.fixture(scope="session")

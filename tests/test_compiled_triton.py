@@ -7,19 +7,21 @@ and seeds, is for the other tests, which `make test` runs there too.
 import math
 from concurrent.futures import ThreadPoolExecutor
 
-import independent
 import numpy as np
 import pytest
 import torch
 import triton
-from conftest import DTYPES, equal_bits, gpu
-from emulated_gpu.accesses import SECTOR_BYTES
-from emulated_gpu.arithmetic import Unsupported
-from emulated_gpu.driver import Window
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from neft_kernels import noise_magnitude, reference, triton_backend, triton_magnitude
+from gpu_doubles.emulated_gpu.accesses import SECTOR_BYTES
+from gpu_doubles.emulated_gpu.arithmetic import Unsupported
+from gpu_doubles.emulated_gpu.driver import Window
+from helpers import independent
+from helpers.bits import equal_bits
+from helpers.devices import DTYPES, gpu
+from neft_kernels import noise_magnitude
+from neft_kernels.ops import reference, triton_magnitude, triton_noise
 
 SEED = torch.tensor([2**40 + 7])
 
@@ -35,7 +37,7 @@ def test_no_byte_is_moved_in_vain(dtype, width):
     """Each row is read once and written once, in whole sectors, and no data passes through shared memory."""
     rows, ids = table(20, width, dtype), torch.tensor([3, 19, 0, 3, 7])
     per_token = torch.tensor([0.5, 0.0, 0.1, 0.3, 1.0])  # a row without noise is stored once as well
-    triton_backend.noisy_embedding(ids, rows, SEED, per_token, 0.0, 0, 0)
+    triton_noise.noisy_embedding(ids, rows, SEED, per_token, 0.0, 0, 0)
     launch = gpu.launches[-1]
     row_bytes = 5 * width * dtype.itemsize
     assert launch.traffic.bytes["store"] == launch.traffic.sectors["store"] * SECTOR_BYTES == row_bytes
@@ -43,7 +45,7 @@ def test_no_byte_is_moved_in_vain(dtype, width):
     assert launch.traffic.shared_bytes == 0
     assert launch.traffic.instructions["bar"] == 0
     # Besides, a warp reads a seed and, for each row that it has, an id and a magnitude: a sector each.
-    rows_of_tile, vectors, _ = triton_backend._tile(width, dtype.itemsize)
+    rows_of_tile, vectors, _ = triton_noise._tile(width, dtype.itemsize)
     rows_of_warp = max(1, rows_of_tile * 32 // vectors) if vectors < 128 else rows_of_tile
     warps = 4 * math.prod(launch.grid)
     beside = launch.traffic.sectors["load"] * SECTOR_BYTES - row_bytes
@@ -52,11 +54,11 @@ def test_no_byte_is_moved_in_vain(dtype, width):
 
 def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
     """Runs `blocks` of a launch on `num_rows` rows, of which memory has those from element `first` on."""
-    rows_of_tile, vectors, grid = triton_backend._tile(width, 2)
+    rows_of_tile, vectors, grid = triton_noise._tile(width, 2)
     launch_grid = (-(-num_rows // rows_of_tile), *grid)
     gpu.blocks = blocks(launch_grid)
     try:
-        triton_backend.noisy_rows_kernel[launch_grid](
+        triton_noise.noisy_rows_kernel[launch_grid](
             Window(out, first),
             Window(rows, first, address=1 << 45),
             ids,
@@ -87,7 +89,7 @@ def test_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize("width", [(1 << 29) + 8, (1 << 32) + 8])
 def test_more_columns_than_one_dimension_of_the_grid_has(width):
     """The last piece of a row of so many columns lies in the third dimension."""
-    _, vectors, grid = triton_backend._tile(width, 2)
+    _, vectors, grid = triton_noise._tile(width, 2)
     tile = (width - 1) // (vectors * 8)
     assert tile >= grid[0] == 65535
     first = tile * vectors * 8
@@ -109,7 +111,7 @@ def test_ids_out_of_range_make_their_rows_nan_and_read_nothing(dtype):
     far = 2**40 if dtype == torch.int64 else 2**31 - 1
     ids = torch.tensor([1, 10, -1, far, -far], dtype=dtype)
     for per_token, magnitude in ((None, 0.1), (None, 0.0), (torch.tensor([0.1, 0.0, 0.1, 0.0, 0.1]), 0.0)):
-        out = triton_backend.noisy_embedding(ids, rows, SEED, per_token, magnitude, 0, 0)
+        out = triton_noise.noisy_embedding(ids, rows, SEED, per_token, magnitude, 0, 0)
         assert out.isnan().all(-1).tolist() == [False, True, True, True, True]
         of_first = None if per_token is None else per_token[:1]
         assert equal_bits(out[:1], reference.noisy_embedding(ids[:1], rows, SEED, of_first, magnitude, 0, 0))
@@ -142,7 +144,7 @@ def test_fusing_is_noticed():
     rows, out = table(4, 64, torch.float32), torch.empty(4, 64)
     arguments = (out, rows, None, SEED, None, 0.1, 0, 0, 4, 4, 16, 16, 1, 4, True, 32, 16)
     try:
-        triton_backend.noisy_rows_kernel[(1, 1, 1)](*arguments, num_warps=4, enable_fp_fusion=True)
+        triton_noise.noisy_rows_kernel[(1, 1, 1)](*arguments, num_warps=4, enable_fp_fusion=True)
     except Unsupported:
         return  # it left the rounding open
     assert not equal_bits(out, reference.add_noise(rows, SEED, None, 0.1, 0, 0))
@@ -176,7 +178,7 @@ def test_magnitudes_take_one_launch_that_waits_for_no_other_program():
 
 def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
     """Bits and alignment are right whatever was launched before, and Triton is asked once for each kind of launch."""
-    monkeypatch.setattr(triton_backend, "_compiled", {})
+    monkeypatch.setattr(triton_noise, "_compiled", {})
     aligned = table(20, 64, torch.float32)
     shifted = torch.cat([torch.zeros(1), aligned.flatten()])[1:].view(20, 64)
     narrow, wide_apart = aligned[:, :60], aligned[:, :63]
@@ -193,13 +195,13 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
         (ids, aligned, None, 2**31),  # of 64 bits, so other code
     ]
     asked = []
-    run = triton_backend.noisy_rows_kernel.run
-    monkeypatch.setattr(triton_backend.noisy_rows_kernel, "run", lambda *a, **k: asked.append(0) or run(*a, **k))
+    run = triton_noise.noisy_rows_kernel.run
+    monkeypatch.setattr(triton_noise.noisy_rows_kernel, "run", lambda *a, **k: asked.append(0) or run(*a, **k))
     for _ in range(3):
         for these_ids, rows, per_token, stream in launches:
-            out = triton_backend.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
+            out = triton_noise.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
             assert equal_bits(out, reference.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0))
-    assert len(triton_backend._compiled) == len(asked) == len(launches) - 1
+    assert len(triton_noise._compiled) == len(asked) == len(launches) - 1
 
 
 class StubDriver:
@@ -225,9 +227,9 @@ class StubKernel:
 )
 def test_a_kernel_is_not_kept_for_tensors_that_triton_tells_apart(monkeypatch, target, kernels):
     """On AMD, those of less than 2 GiB, which 32 bits address, from larger ones."""
-    monkeypatch.setattr(triton_backend, "_compiled", {})
+    monkeypatch.setattr(triton_noise, "_compiled", {})
     asked = []
-    kernel = triton_backend.noisy_rows_kernel
+    kernel = triton_noise.noisy_rows_kernel
     monkeypatch.setattr(kernel, "run", lambda *a, **k: asked.append(0) or StubKernel())
     before = driver.active
     driver.set_active(StubDriver(target))
@@ -235,19 +237,19 @@ def test_a_kernel_is_not_kept_for_tensors_that_triton_tells_apart(monkeypatch, t
         small = torch.empty(4, 64, dtype=torch.bfloat16)
         large = torch.empty(1 << 30, dtype=torch.bfloat16)[:256].view(4, 64)  # of 2 GiB that are never touched
         for rows in (small, large, small, large):
-            triton_backend.add_noise(rows, SEED, None, 0.1, 0, 0)
+            triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)
     finally:
         driver.set_active(before)
-    assert len(asked) == len(triton_backend._compiled) == kernels
+    assert len(asked) == len(triton_noise._compiled) == kernels
 
 
 def test_asynchronous_compilation(monkeypatch):
     """The first launch then gives a promise of the kernel, which later ones cannot be made of."""
-    monkeypatch.setattr(triton_backend, "_compiled", {})
+    monkeypatch.setattr(triton_noise, "_compiled", {})
     rows = table(4, 72, torch.float16)  # of which no other test has a kernel
     expected = reference.add_noise(rows, SEED, None, 0.1, 0, 0)
-    triton_backend.noisy_rows_kernel.device_caches.clear()
+    triton_noise.noisy_rows_kernel.device_caches.clear()
     with ThreadPoolExecutor(1) as executor, triton.AsyncCompileMode(executor):
-        first = triton_backend.add_noise(rows, SEED, None, 0.1, 0, 0)
-    for out in (first, triton_backend.add_noise(rows, SEED, None, 0.1, 0, 0)):
+        first = triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)
+    for out in (first, triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)):
         assert equal_bits(out, expected)

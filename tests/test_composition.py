@@ -3,15 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal_bits
 from functorch.compile import aot_function, nop
-from small_models import (
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from helpers.bits import differing, equal_bits
+from helpers.models import (
     IDS,
     LLAMA_INPUTS,
     MASK,
     WEIGHT,
-    differing,
+    D,
     gradients,
+    llama,
     llama_batches,
     noisy_gemma,
     noisy_llama,
@@ -19,10 +24,6 @@ from small_models import (
     padded_batches,
     seeded,
 )
-from test_trainer import D, model
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-
 from neft_kernels import NEFTuneEmbedding, add_noise, describe, no_noise, noisy_embedding, set_alpha
 
 BOUNDARIES = torch.tensor([0, 2, 5])
@@ -50,8 +51,16 @@ class TestExport:
         exported = torch.export.export(Ops(), inputs, dynamic_shapes=dynamic, strict=strict).module()
         for seed, shape in ((5, (2, 5)), (-(2**63), (2, 5)), (7, (3, 11))):
             inputs = (torch.randint(50, shape), torch.rand(shape), torch.tensor([seed]))
-            for got, want in zip(exported(*inputs), Ops()(*inputs), strict=True):
+            ours = Ops()
+            results = exported(*inputs), ours(*inputs)
+            for got, want in zip(*results, strict=True):
                 assert equal_bits(got, want)
+            for pair, weight in zip(results, (*exported.parameters(), ours.weight), strict=True):
+                weight.grad = None
+                sum(each.tanh().square().sum() for each in pair).backward()
+            (traced,) = exported.parameters()
+            assert ours.weight.grad.any()
+            assert equal_bits(traced.grad, ours.weight.grad)
 
     @pytest.mark.parametrize("make", [noisy_module, noisy_llama])
     def test_a_model_in_training(self, strict, make):
@@ -66,6 +75,45 @@ class TestExport:
             first, second, eager = first.logits, second.logits, eager.logits
         assert equal_bits(first, eager)
         assert not torch.equal(first, second)
+        grads = []
+        for out, module in ((first, exported), (eager, network)):
+            module.zero_grad()
+            out.square().sum().backward()
+            grads.append({name: parameter.grad for name, parameter in module.named_parameters()})
+        # The program's own kernels may add up in another order; a table without a gradient would be off by all of it.
+        for name, parameter in grads[1].items():
+            torch.testing.assert_close(grads[0][name], parameter)
+
+
+OPTIONS = [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True, "padding_idx": 3}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_traced_graph_has_the_gradient_of_the_eager_op(options):
+    """Exported, and by make_fx: the ops that the graphs hold know their gradients, options and all."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(WEIGHT.clone())
+
+        def forward(self, ids, seed):
+            return noisy_embedding(ids, self.weight, 0.1, seed=seed, **options).tanh()
+
+    inputs = (IDS, torch.tensor([5]))
+    graphs = [torch.export.export(Model(), inputs, strict=strict).module() for strict in (True, False)]
+    weight = WEIGHT.clone().requires_grad_()
+    traced = make_fx(lambda weight: noisy_embedding(IDS, weight, 0.1, seed=5, **options).tanh())(WEIGHT)
+    eager = Model()
+    eager(*inputs).square().sum().backward()
+    want = eager.weight.grad.to_dense()
+    assert want.any()
+    traced(weight).square().sum().backward()
+    assert equal_bits(weight.grad.to_dense(), want)
+    for graph in graphs:
+        graph(*inputs).square().sum().backward()
+        (parameter,) = graph.parameters()
+        assert equal_bits(parameter.grad.to_dense(), want)
 
 
 def test_an_exported_model_serves_other_batches():
@@ -158,7 +206,7 @@ def test_after_a_transform_over_masks_there_is_nothing_to_report():
 
 def test_double_backward_through_a_model():
     """The second derivative is that of the plain model at the noisy point."""
-    network = model().double()
+    network = llama().double()
     network.set_attn_implementation("eager")
     embedding = network.get_input_embeddings()
     direction = torch.randn(embedding.weight.shape, dtype=torch.float64)
@@ -196,7 +244,7 @@ def test_autocast_leaves_the_embedding_alone_and_reaches_what_follows():
     assert noisy.weight.grad.dtype == torch.float32
 
     found = []
-    for network in (noisy_llama(alpha=0.0), model()):
+    for network in (noisy_llama(alpha=0.0), llama()):
         with torch.autocast("cpu", torch.bfloat16):
             loss = network(**LLAMA_INPUTS).loss
         loss.backward()
@@ -219,7 +267,7 @@ def test_deterministic_algorithms_change_nothing():
 
 
 def test_inference_mode_gives_the_plain_model_and_draws_nothing():
-    network, plain = noisy_llama(), model()
+    network, plain = noisy_llama(), llama()
     state = torch.get_rng_state()
     with torch.inference_mode():
         assert equal_bits(network(**LLAMA_INPUTS).logits, plain(**LLAMA_INPUTS).logits)
@@ -243,8 +291,8 @@ def test_a_model_on_the_meta_device():
     out.sum().backward()
     assert embedding.weight.grad.device.type == "meta"
     network.to_empty(device="cpu")
-    network.load_state_dict(model().state_dict())
-    network.model.rotary_emb = model().model.rotary_emb
+    network.load_state_dict(llama().state_dict())
+    network.model.rotary_emb = llama().model.rotary_emb
     assert equal_bits(seeded(network, **LLAMA_INPUTS).loss, seeded(noisy_llama(), **LLAMA_INPUTS).loss)
 
 
@@ -291,7 +339,7 @@ def test_a_compiled_module_is_one_graph_for_all_masks_and_lengths():
         assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("make", [model, noisy_llama, noisy_gemma])
+@pytest.mark.parametrize("make", [llama, noisy_llama, noisy_gemma])
 def test_a_compiled_llama_is_one_graph_for_all_masks_and_lengths(make):
     """As the plain one is."""
     torch._dynamo.reset()

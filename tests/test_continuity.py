@@ -7,12 +7,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import equal_bits
-from small_models import IDS, LLAMA_INPUTS, MASK, WEIGHT, differing, gradients, noisy_llama, noisy_module, seeded
-from test_trainer import model, rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from neft_kernels import NEFTuneCallback, describe, noisy_embedding, ops, patch_transformers
+from helpers.bits import differing, equal_bits
+from helpers.models import IDS, LLAMA_INPUTS, MASK, WEIGHT, gradients, llama, noisy_llama, noisy_module, rows, seeded
+from neft_kernels import NEFTuneCallback, describe, noisy_embedding, patch_transformers
+from neft_kernels.ops.registration import OVERLOADS
 
 
 def schedule(step):
@@ -32,7 +32,7 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path, how):
     """A run that stops at a checkpoint and goes on in a new Trainer ends with the weights of one that does not stop."""
 
     def train(folder, stop_at=None, resume=False):
-        network = noisy_llama() if how == "replace_embeddings" else model()
+        network = noisy_llama() if how == "replace_embeddings" else llama()
         option = {"neftune_noise_alpha": 5.0} if how == "patch_transformers" else {}
         arguments = TrainingArguments(
             str(tmp_path / folder),
@@ -133,7 +133,7 @@ def test_a_failed_pass_leaves_everything_usable(monkeypatch, where):
     with monkeypatch.context() as patch:
         if where == "in the op":
             backend = describe(network)[0].backend
-            patch.setitem(ops.OVERLOADS["noisy_embedding"], backend, fail)
+            patch.setitem(OVERLOADS["noisy_embedding"], backend, fail)
         elif where == "before the embedding":
             handle = network.get_input_embeddings().register_forward_pre_hook(fail)
         elif where == "in a layer":
@@ -160,7 +160,7 @@ def test_a_failed_pass_draws_at_most_its_own_seed(monkeypatch):
     """The generator is where a pass that did not fail would have left it."""
     module, fresh = noisy_module(), noisy_module()
     with monkeypatch.context() as patch:
-        patch.setitem(ops.OVERLOADS["noisy_embedding"], describe(module)[0].backend, fail)
+        patch.setitem(OVERLOADS["noisy_embedding"], describe(module)[0].backend, fail)
         with pytest.raises(torch.OutOfMemoryError):
             seeded(module, IDS)
     state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Contract: the CUDA kernels' own code, run on the host, gives what neft_kernels.reference gives, bit for bit.
+"""Contract: the CUDA kernels' own code, run on the host, gives what neft_kernels.ops.reference gives, bit for bit.
 
 csrc/noise.h function by function, then whole launches of csrc/cuda/rows.cuh, thread by thread: every element is written
 exactly once, no byte beside the tensors is touched, and the index arithmetic holds beyond 2**31 elements. What a GPU adds
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DTYPES, equal_bits
-from cuda_emulation import (
+
+from gpu_doubles.cuda_emulation import (
     ELEMENTS,
     IDENTITIES,
     LAYOUTS,
@@ -25,11 +25,14 @@ from cuda_emulation import (
     pointer,
     table,
 )
-
-from neft_kernels import reference
+from helpers.bits import equal_bits
+from helpers.devices import DTYPES
+from neft_kernels.ops import reference
 
 KNOWN_ANSWERS = json.loads((Path(__file__).parent / "vectors" / "philox4x32_10.json").read_text())
 FAULT = -1
+
+pytestmark = pytest.mark.xdist_group("cuda")  # shares `library`
 
 
 # --- csrc/noise.h ----------------------------------------------------------------------------------------------------

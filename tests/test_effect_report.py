@@ -1,19 +1,15 @@
 """The report on NEFTune's effect says what the records say, and no more than their intervals allow."""
 
 import json
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import effect
-import effect_report
-import records
-from effect_plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
-from effect_report import MINUS
+from benchmarks import records
+from experiments.effect import report as effect_report
+from experiments.effect import run as effect
+from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
+from experiments.effect.report import MINUS
 
 SMALL = PRESETS["small"]
 #: By seed, what no noise explains; the mean is 0, and alpha does not change it, so it must not widen any interval.
@@ -57,13 +53,14 @@ def record_of(run, preset=SMALL):
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """A folder with a README, and records of which the outcomes are known."""
-    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(effect_report, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "environment", lambda: {"device": "a device", "commit": "c0ffee"})
     references = {"answer_tokens": 40.0, "repeated_4grams": 0.01, "leaked_8grams": 0.2}
     pretraining = {"preset": "small", "stage": "pretraining", "start": START, "parameters": 2_000_000}
-    records.append("effect", {**pretraining, "held_out_pairs": 300, "embedding_std": 0.05, "references": references})
+    of_model = {"held_out_pairs": 300, "embedding_std": 0.05, "references": references}
+    records.append("effect", {**pretraining, **of_model}, tmp_path)
     for run in runs(SMALL):
-        records.append("effect", record_of(run))
+        records.append("effect", record_of(run), tmp_path)
     (tmp_path / "README.md").write_text("before\n<!-- effect:begin -->\nold\n<!-- effect:end -->\nafter\n")
     return tmp_path
 
@@ -131,7 +128,7 @@ def test_weaker_noise_is_reported_apart(written):
     assert "Weaker noise" not in before
     for run in runs(PRESETS["weaker"]):
         if run.alpha:
-            records.append("effect", {**record_of(run), "preset": "weaker"})
+            records.append("effect", {**record_of(run), "preset": "weaker"}, written)
     text = reported(written)
     assert "alpha 0.5, 1 and 2, noise 0.06, 0.12 and 0.24 of the embeddings, the same 5 seeds" in text
     assert "held-out loss +0.000 ± 0.124, +0.000 ± 0.124, +0.000 ± 0.124;" in text
@@ -149,12 +146,12 @@ def test_only_whole_seeds_of_the_newest_experiment_count(written):
 
     others = replace(SMALL, epochs=SMALL.epochs + 1)
     for run in runs(SMALL)[: 2 * 11]:
-        records.append("effect", record_of(run, others))
+        records.append("effect", record_of(run, others), written)
     text = reported(written)
     assert "2 of the 5 planned seeds" in text
     assert "tuned for 4 epochs" in text
 
-    records.append("effect", record_of(Run(PADDED, OURS, 0, 3)))
+    records.append("effect", record_of(Run(PADDED, OURS, 0, 3)), written)
     assert "4 of the 5 planned seeds" in reported(written)
 
 

@@ -7,13 +7,17 @@ that of F.embedding bit for bit.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, capped, equal_bits, expected_embedding_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neft_kernels import noisy_embedding, ops
+from helpers.bits import equal_bits, expected_embedding_grad
+from helpers.devices import DTYPES, capped
+from neft_kernels import noisy_embedding
+from neft_kernels.ops.registration import OVERLOADS
+
+pytestmark = pytest.mark.cpu_extension
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
-embedding_grad = ops.OVERLOADS["embedding_grad"]["cpu"]
+embedding_grad = OVERLOADS["embedding_grad"]["cpu"]
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)

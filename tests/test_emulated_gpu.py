@@ -5,10 +5,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from emulated_gpu import arithmetic, ptx
-from emulated_gpu.arithmetic import Unsupported
-from emulated_gpu.machine import Launch
-from emulated_gpu.memory import Memory, MemoryFault, Threads
+
+from gpu_doubles.emulated_gpu import arithmetic, ptx
+from gpu_doubles.emulated_gpu.arithmetic import Unsupported
+from gpu_doubles.emulated_gpu.machine import Launch
+from gpu_doubles.emulated_gpu.memory import Memory, MemoryFault, Threads
 
 OUT, IN = 1 << 20, 1 << 30  # addresses
 

@@ -1,4 +1,7 @@
-"""On a GPU: no waiting for the device, CUDA graphs, memory, many rows, ids out of range, a training step."""
+"""Contract, on a GPU: no waiting for the device, CUDA graphs, memory, many rows, ids out of range, a training step.
+
+With NEFT_KERNELS_TEST_GPU all but the largest run on the stand-in for a GPU, see gpu_doubles.
+"""
 
 import os
 import subprocess
@@ -6,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import equal_bits
 from torch.nn.functional import embedding
 
+from helpers.bits import equal_bits
 from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noise_magnitude, noisy_embedding
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu(stand_in=True), pytest.mark.usefixtures("stand_in")]
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -112,6 +115,7 @@ def test_an_id_out_of_range_makes_its_row_nan_and_reads_nothing(backend):
         assert out.isnan().all(-1).tolist() == [[False, True, True, True]]
 
 
+@pytest.mark.gpu  # starts a process of its own
 def test_check_ids_makes_it_an_error(backend):
     code = (
         "import torch, neft_kernels as n; "
@@ -126,6 +130,7 @@ def test_check_ids_makes_it_an_error(backend):
     assert "IndexError: input_ids[0, 1] is 7" in run.stderr
 
 
+@pytest.mark.gpu  # too large to be emulated, as is the next one
 @pytest.mark.parametrize("rows", [70_000, 1 << 20])
 def test_more_rows_than_a_grid_dimension(backend, rows):
     weight = table(50, 16)
@@ -136,6 +141,7 @@ def test_more_rows_than_a_grid_dimension(backend, rows):
         assert equal_bits(got[part], expected)
 
 
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements_on_the_gpu(backend):
     width, rows = 1 << 14, (1 << 17) + 3
     weight = table(1, width).expand(rows, width)

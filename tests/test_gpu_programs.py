@@ -1,42 +1,32 @@
 """Contract: the programs for machines with a GPU run from end to end, lose nothing when a part fails, and are drawn.
 
-On a stand-in for such a machine, see stand_in_gpu.py; with NEFT_KERNELS_TEST_GPU.
+On a stand-in for such a machine, see gpu_doubles; with NEFT_KERNELS_TEST_GPU.
 """
 
-import inspect
+import itertools
 import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from stand_in_gpu import stand_in_gpu
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-sys.path.append(str(Path(__file__).parent.parent / "tools"))
+from benchmarks import gpu, gpu_timing, records, tune_gpu, variants
+from neft_kernels.ops import triton_noise
+from tools import sanitize_gpu
 
-import gpu
-import gpu_timing
-import records
-import sanitize_gpu
-import test_gpu
-import tune_gpu
-import variants
-
-from neft_kernels import triton_backend
+pytestmark = pytest.mark.cpu_extension  # the stand-in computes with it what a GPU would
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"plain", "hook", "hook, compiled", "rand_like, compiled", "ours", "ours, cuda"}
 
 
 @pytest.fixture(autouse=True)
-def device():
-    with stand_in_gpu() as device:
-        yield device
+def device(stand_in):
+    return stand_in
 
 
 # --- the stand-in -----------------------------------------------------------------------------------------------------
@@ -236,11 +226,12 @@ def test_each_comparison_is_compiled_for_its_own_shape(monkeypatch):
 
 
 def test_the_records_are_drawn(results, monkeypatch):
-    import report_gpu  # which needs matplotlib, as machines with a GPU need not
+    from benchmarks import report_gpu  # which needs matplotlib, as machines with a GPU need not
 
     results.parent.mkdir(exist_ok=True)
-    readme = results.parent / "README.md"
-    readme.write_text("<!-- gpu:begin -->\n<!-- gpu:end -->\n")
+    readme, performance = results.parent / "README.md", results.parent / "performance.md"
+    for page in (readme, performance):
+        page.write_text("<!-- gpu:begin -->\n<!-- gpu:end -->\n")
     monkeypatch.setattr(gpu, "TABLES", ((40, 32),))
     status, found = run(results, "--quick")
     assert status == 0
@@ -250,12 +241,13 @@ def test_the_records_are_drawn(results, monkeypatch):
         (records, "RESULTS", results),
         (report_gpu, "RESULTS", results),
         (report_gpu, "README", readme),
+        (report_gpu, "PERFORMANCE", performance),
         (report_gpu, "IN_TABLE", [record["shape"] for record in found]),
         (report_gpu, "PLOTTED", "40 x 32"),
     ):
         monkeypatch.setattr(module, name, value)
     report_gpu.main()
-    lines = readme.read_text().splitlines()
+    lines = performance.read_text().splitlines()
     number = r"[\d.e+-]+"
     times, ratios = rf"{number} \| \*\*{number}\*\* \| {number} \| —", rf"{number} \| {number} \| —"
     assert re.fullmatch(rf"\| 40 x 32, 3 tokens, bfloat16 \| {times} \| {ratios} \| \d+% \|", lines[3])
@@ -274,7 +266,7 @@ def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, 
     monkeypatch.setattr(tune_gpu, "_compiled_for", {})
 
     def constants():
-        return [getattr(triton_backend, name) for name in tune_gpu._CONSTANTS], triton_backend._tile(600, 2)
+        return [getattr(triton_noise, name) for name in tune_gpu._CONSTANTS], triton_noise._tile(600, 2)
 
     before = constants()
     assert tune_gpu.main(["--rounds", "2", "--results", str(results)]) == 0
@@ -305,26 +297,6 @@ def test_the_program_for_the_sanitizer(monkeypatch, capsys):
     assert "cuda: 12 launches" in out
 
 
-# What starts a process of its own, and what is too large to be emulated.
-NOT_HERE = {
-    "test_check_ids_makes_it_an_error",
-    "test_more_rows_than_a_grid_dimension",
-    "test_more_than_two_to_the_31_elements_on_the_gpu",
-}
-TESTS = [
-    (name, backend)
-    for name, test in vars(test_gpu).items()
-    if name.startswith("test_") and name not in NOT_HERE
-    for backend in (("triton", "cuda") if "backend" in inspect.signature(test).parameters else (None,))
-]
-
-
-@pytest.mark.parametrize(("name", "backend"), TESTS)
-def test_the_tests_on_a_gpu(name, backend):
-    assert vars(test_gpu).keys() >= NOT_HERE
-    getattr(test_gpu, name)(*[] if backend is None else [backend])
-
-
 def test_the_makefile_names_files_that_there_are():
     shown = subprocess.run(
         ["make", "-n", "gpu", "GPU_PYTHON=python3", "GPU_BENCH=--quick"],
@@ -338,6 +310,13 @@ def test_the_makefile_names_files_that_there_are():
     ).stdout.replace("\\\n", " ")
     commands = [shlex.split(line) for line in shown.splitlines()]
     files = [word for command in commands for word in command if word.endswith((".py", ".jsonl"))]
-    assert {"setup.py", "tools/sanitize_gpu.py", "benchmarks/gpu.py", "tests/test_gpu.py"} <= set(files)
-    assert [each for each in files if not (ROOT / each).exists()] == []
-    assert commands[-1][-2:] == ["benchmarks/gpu.py", "--quick"]
+    modules = [
+        word.replace(".", "/") + ".py"
+        for command in commands
+        for before, word in itertools.pairwise(command)
+        if before == "-m" and word != "pytest"
+    ]
+    assert {"setup.py", "tests/test_gpu.py"} <= set(files)
+    assert {"tools/sanitize_gpu.py", "benchmarks/gpu.py"} == set(modules)
+    assert [each for each in files + modules if not (ROOT / each).exists()] == []
+    assert commands[-1][-3:] == ["-m", "benchmarks.gpu", "--quick"]

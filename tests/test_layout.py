@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.functional import pad
 
 from neft_kernels import describe, noise_magnitude, replace_embeddings
-from neft_kernels.layout import lay_out, may_be_laid_out
-from neft_kernels.placing import noisy_modules
+from neft_kernels.models.layout import is_rearranged, rearranged
+from neft_kernels.models.replace import noisy_modules
 
 WIDTH, ALPHA = 16, 5.0
 GIVEN = torch.tensor([[3, 4, 5, 0, 0], [6, 7, 8, 9, 10]])
@@ -151,29 +151,29 @@ def test_ids_that_are_given_by_name_are_told_apart_too():
 
 
 def test_what_is_of_no_such_layout():
-    assert not may_be_laid_out(None, GIVEN)
-    assert not may_be_laid_out(GIVEN, GIVEN)
-    assert not may_be_laid_out(SQUARE, SQUARE)
-    assert not may_be_laid_out(GIVEN, GIVEN[:, :3])
-    assert not may_be_laid_out(GIVEN, GIVEN[:1])
-    assert not may_be_laid_out(GIVEN, GIVEN[:1].expand(3, 5))
-    assert not may_be_laid_out(GIVEN, GIVEN[:1].repeat(3, 2))
-    assert not may_be_laid_out(GIVEN, GIVEN[:, 0])
-    assert not may_be_laid_out(GIVEN, torch.zeros(2, 7, 3))
-    assert not may_be_laid_out(GIVEN[0], GIVEN)
-    assert not may_be_laid_out(GIVEN, GIVEN[None])
-    assert not may_be_laid_out(GIVEN[None], GIVEN.mT)
-    assert not may_be_laid_out(GIVEN, GIVEN.to("meta").mT)
+    assert not is_rearranged(None, GIVEN)
+    assert not is_rearranged(GIVEN, GIVEN)
+    assert not is_rearranged(SQUARE, SQUARE)
+    assert not is_rearranged(GIVEN, GIVEN[:, :3])
+    assert not is_rearranged(GIVEN, GIVEN[:1])
+    assert not is_rearranged(GIVEN, GIVEN[:1].expand(3, 5))
+    assert not is_rearranged(GIVEN, GIVEN[:1].repeat(3, 2))
+    assert not is_rearranged(GIVEN, GIVEN[:, 0])
+    assert not is_rearranged(GIVEN, torch.zeros(2, 7, 3))
+    assert not is_rearranged(GIVEN[0], GIVEN)
+    assert not is_rearranged(GIVEN, GIVEN[None])
+    assert not is_rearranged(GIVEN[None], GIVEN.mT)
+    assert not is_rearranged(GIVEN, GIVEN.to("meta").mT)
 
 
 def test_a_number_holds_for_the_ids_that_it_is_about():
-    assert torch.equal(lay_out(0.5, GIVEN, GIVEN.mT.clone(), 9.0), torch.full(GIVEN.mT.shape, 0.5))
+    assert torch.equal(rearranged(0.5, GIVEN, GIVEN.mT.clone(), 9.0), torch.full(GIVEN.mT.shape, 0.5))
     for number in (0.5, torch.tensor(0.5)):
-        assert lay_out(number, SQUARE, SQUARE.clone(), 9.0) == 0.5
+        assert rearranged(number, SQUARE, SQUARE.clone(), 9.0) == 0.5
 
 
 def test_ids_that_only_have_the_shape_of_those_given_are_not_taken_for_them():
-    assert torch.equal(lay_out(0.5, GIVEN, GIVEN.mT + 1, 9.0), torch.full(GIVEN.mT.shape, 9.0))
+    assert torch.equal(rearranged(0.5, GIVEN, GIVEN.mT + 1, 9.0), torch.full(GIVEN.mT.shape, 9.0))
 
 
 class Swallows(Look):

@@ -10,14 +10,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_BACKENDS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neft_kernels import add_noise, available_backends, noisy_embedding, ops
-from neft_kernels.ops import OVERLOADS
+from helpers.devices import CPU_BACKENDS
+from neft_kernels import add_noise, available_backends, noisy_embedding
+from neft_kernels.ops import backends
+from neft_kernels.ops.autograd import draw_seed
+from neft_kernels.ops.backends import choose_backend
+from neft_kernels.ops.magnitude import magnitude_kernel
+from neft_kernels.ops.registration import OVERLOADS
 
 SEED = torch.tensor([3])
 
@@ -88,7 +92,7 @@ def test_compiled_equals_eager_at_every_length_with_one_graph(per_token):
 
 def test_the_first_call_of_all_may_be_a_compiled_one(monkeypatch):
     """The choice of the backend, not made yet, is traced."""
-    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(backends, "_chosen", {})
     torch._dynamo.reset()
     weight, ids = torch.randn(50, 12), torch.randint(50, (2, 5))
     compiled = torch.compile(lambda: noisy_embedding(ids, weight, 0.1, seed=torch.tensor([3])), fullgraph=True)
@@ -117,40 +121,40 @@ def test_manual_seed_reproduces_and_each_call_draws_anew():
 
 def test_seeds_use_all_64_bits():
     torch.manual_seed(0)
-    seeds = torch.cat([ops.draw_seed(torch.device("cpu")) for _ in range(400)])
+    seeds = torch.cat([draw_seed(torch.device("cpu")) for _ in range(400)])
     bits = (seeds[:, None] >> torch.arange(64)) & 1
     # Each bit is a fair coin: 400 tosses, within six standard deviations (10 each) of 200.
     assert ((bits.sum(0) - 200).abs() <= 60).all()
 
 
+@pytest.mark.cpu_extension
 def test_available_backends_and_the_automatic_choice(caplog, monkeypatch):
     found = {backend.name: backend for backend in available_backends()}
-    assert tuple(found) == ops.BACKENDS
+    assert tuple(found) == backends.BACKENDS
     assert [backend.name for backend in found.values() if "cpu" in backend.chosen_for] == ["cpu"]
     assert found["reference"].devices
     assert all(backend.detail for backend in found.values())
 
-    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(backends, "_chosen", {})
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
-        ops.choose_backend("cpu")
-        ops.choose_backend("cpu")
+        choose_backend("cpu")
+        choose_backend("cpu")
     assert [record.message for record in caplog.records] == [f"backend 'cpu' for cpu tensors: {found['cpu'].detail}"]
 
 
 def test_without_the_extension_the_reference_is_chosen_with_a_warning(monkeypatch, caplog):
     """It is slower than the hook that the package replaces. Who asks for it has asked for it."""
-    monkeypatch.setattr(ops, "_chosen", {})
-    monkeypatch.setattr(ops, "_cpu_extension", None)
-    monkeypatch.setattr(ops, "_cpu_error", "not built")
+    monkeypatch.setitem(backends.extensions, "cpu", (None, "not built"))
+    monkeypatch.setattr(backends, "_chosen", {})
     with caplog.at_level(logging.WARNING, logger="neft_kernels"):
-        assert ops.choose_backend("cpu") == "reference"
-        assert ops.choose_backend("cpu") == "reference"
-        assert ops.choose_backend("cpu", "reference") == "reference"
-        assert ops.choose_backend("meta") == "reference"
+        assert choose_backend("cpu") == "reference"
+        assert choose_backend("cpu") == "reference"
+        assert choose_backend("cpu", "reference") == "reference"
+        assert choose_backend("meta") == "reference"
     (record,) = caplog.records
     assert record.message == "backend 'reference' for cpu tensors: plain torch; slow; cpu: not built"
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run here \(not built"):
-        ops.choose_backend("cpu", "cpu")
+        choose_backend("cpu", "cpu")
 
 
 @pytest.fixture
@@ -159,20 +163,18 @@ def machine(monkeypatch):
 
     def pretend(gpu=False, triton=False, cuda=None, cpu=None, interpret=False, preferred=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        monkeypatch.setattr(ops, "_TRITON_INSTALLED", triton)
-        monkeypatch.setattr(ops, "_INTERPRET_TRITON", interpret)
-        monkeypatch.setattr(ops, "_cpu_extension", cpu)
-        monkeypatch.setattr(ops, "_cuda_extension", cuda)
-        monkeypatch.setattr(ops, "_cpu_error", None if cpu else "the reason for the CPU")
-        monkeypatch.setattr(ops, "_cuda_error", None if cuda else "the reason for CUDA")
-        monkeypatch.setattr(ops, "_PREFERRED_BACKEND", preferred)
-        monkeypatch.setattr(ops, "_chosen", {})
-        ops.magnitude_kernel.cache_clear()
+        monkeypatch.setattr(backends, "TRITON_INSTALLED", triton)
+        monkeypatch.setattr(backends.switches, "interpret_triton", interpret)
+        monkeypatch.setattr(backends.switches, "backend", preferred)
+        monkeypatch.setitem(backends.extensions, "cpu", (cpu, "" if cpu else "the reason for the CPU"))
+        monkeypatch.setitem(backends.extensions, "cuda", (cuda, "" if cuda else "the reason for CUDA"))
+        backends.forget_choices()
 
     yield pretend
-    ops.magnitude_kernel.cache_clear()
+    backends.forget_choices()
 
 
+NO_TRITON = 'triton is not installed: pip install "neft-kernels[triton]"'
 CPU_EXTENSION, CUDA_EXTENSION = SimpleNamespace(instruction_set=lambda: "avx2"), SimpleNamespace()
 ALL = {"gpu": True, "triton": True, "cuda": CUDA_EXTENSION, "cpu": CPU_EXTENSION}
 #: What a machine has, the choices for CPU and CUDA tensors, and what is said of each backend.
@@ -182,20 +184,20 @@ MACHINES = {
         {},
         "reference",
         None,
-        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+        [NO_TRITON, "the reason for CUDA", "the reason for the CPU", "plain torch"],
     ),
     "no GPU": ({**ALL, "gpu": False}, "cpu", None, ["no GPU", "no GPU", "avx2", "plain torch"]),
     "no Triton": (
         {**ALL, "triton": False},
         "cpu",
         "cuda",
-        ["triton is not installed", "CUDA C++", "avx2", "plain torch"],
+        [NO_TRITON, "CUDA C++", "avx2", "plain torch"],
     ),
     "a GPU alone": (
         {"gpu": True},
         "reference",
         "reference",
-        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+        [NO_TRITON, "the reason for CUDA", "the reason for the CPU", "plain torch"],
     ),
     "Triton interpreted": (
         {**ALL, "interpret": True, "cuda": None},
@@ -216,68 +218,69 @@ MACHINES = {
 def test_the_choice_on_other_machines(machine, name):
     has, on_cpu, on_gpu, details = MACHINES[name]
     machine(**has)
-    assert ops.choose_backend("cpu") == on_cpu
+    assert choose_backend("cpu") == on_cpu
     chosen = {device: backend.name for backend in available_backends() for device in backend.chosen_for}
     assert chosen == {"cpu": on_cpu} | ({"cuda": on_gpu} if on_gpu else {})
-    assert not on_gpu or ops.choose_backend("cuda") == on_gpu
+    assert not on_gpu or choose_backend("cuda") == on_gpu
     for backend, detail in zip(available_backends(), details, strict=True):
         assert backend.detail.startswith(detail)
-    assert ops.magnitude_kernel("cpu", None) is OVERLOADS["token_magnitude"].get(on_cpu)
-    assert ops.magnitude_kernel("cuda", None) is OVERLOADS["token_magnitude"].get(on_gpu)
+    assert magnitude_kernel("cpu", None) is OVERLOADS["token_magnitude"].get(on_cpu)
+    assert magnitude_kernel("cuda", None) is OVERLOADS["token_magnitude"].get(on_gpu)
 
 
 def test_what_is_asked_for_comes_before_what_is_preferred(machine):
     machine(**ALL, preferred="triton")
-    assert ops.choose_backend("cuda") == "triton"
-    assert ops.choose_backend("cuda", "cuda") == "cuda"
-    assert ops.magnitude_kernel("cuda", "cuda") is None
-    assert ops.magnitude_kernel("cpu", "cpu") is OVERLOADS["token_magnitude"]["cpu"]
-    assert ops.magnitude_kernel("cpu", None) is None  # of Triton's, which does not run there
+    assert choose_backend("cuda") == "triton"
+    assert choose_backend("cuda", "cuda") == "cuda"
+    assert magnitude_kernel("cuda", "cuda") is None
+    assert magnitude_kernel("cpu", "cpu") is OVERLOADS["token_magnitude"]["cpu"]
+    assert magnitude_kernel("cpu", None) is None  # of Triton's, which does not run there
     with pytest.raises(RuntimeError, match=r"backend='triton' runs on cuda tensors, not on cpu ones \(just-in-time"):
-        ops.choose_backend("cpu")
+        choose_backend("cpu")
 
 
 def test_on_any_other_device_it_is_the_reference_with_a_warning(machine, caplog):
     """Which is slower there too than the hook that the package replaces."""
     machine(**ALL)
-    ops.choose_backend("mps", "reference")
+    choose_backend("mps", "reference")
     assert not caplog.records
-    ops.choose_backend("mps")
+    choose_backend("mps")
     (record,) = caplog.records
     assert (record.levelname, record.message) == (
         "WARNING",
         "backend 'reference' for mps tensors: plain torch; slow; there is no kernel for mps devices",
     )
-    assert ops.choose_backend("mps") == ops.choose_backend("mps", "reference") == "reference"
+    assert choose_backend("mps") == choose_backend("mps", "reference") == "reference"
     with pytest.raises(RuntimeError, match=r"backend='cpu' runs on cpu tensors, not on mps ones \(avx2\)"):
-        ops.choose_backend("mps", "cpu")
+        choose_backend("mps", "cpu")
 
 
 @pytest.mark.parametrize(("vendors", "expected"), [(("nvidia", "intel"), "triton"), (("nvidia", "amd"), "reference")])
 def test_triton_serves_intel_gpus_where_it_says_that_it_can(machine, monkeypatch, caplog, vendors, expected):
     machine(triton=True)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    monkeypatch.setattr(ops, "_triton_has", lambda vendor: vendor in vendors)
-    assert ops.choose_backend("xpu") == expected
+    monkeypatch.setattr(backends, "triton_has", lambda vendor: vendor in vendors)
+    assert choose_backend("xpu") == expected
     assert [record.levelname for record in caplog.records] == (["WARNING"] if expected == "reference" else [])
-    assert ops.magnitude_kernel("xpu", None) is OVERLOADS["token_magnitude"].get(expected)
-    assert ("xpu" in ops.available_backends()[0].devices) == (expected == "triton")
+    assert magnitude_kernel("xpu", None) is OVERLOADS["token_magnitude"].get(expected)
+    assert ("xpu" in available_backends()[0].devices) == (expected == "triton")
 
 
 def test_what_triton_compiles_for():
-    assert ops._triton_has("nvidia")
-    assert not ops._triton_has("no such vendor")
+    assert backends.triton_has("nvidia")
+    assert not backends.triton_has("no such vendor")
 
 
 def test_only_the_automatic_choice_is_logged(machine, caplog):
     machine(cpu=CPU_EXTENSION)
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
-        ops.choose_backend("cpu", "reference")
+        choose_backend("cpu", "reference")
         assert not caplog.records
-        ops.choose_backend("cpu")
+        choose_backend("cpu")
     assert len(caplog.records) == 1
 
 
+@pytest.mark.cpu_extension
 @pytest.mark.parametrize(
     ("switches", "expected"),
     [
@@ -295,6 +298,7 @@ def test_switches_and_the_program_that_shows_the_choice(switches, expected):
     assert re.search(expected, run.stdout), run.stdout
 
 
+@pytest.mark.cpu_extension
 def test_the_program_says_that_the_preferred_backend_cannot_run():
     run = subprocess.run(
         [sys.executable, "-m", "neft_kernels"],

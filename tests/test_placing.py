@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
-from test_huggingface import batch, build, names
 
+from helpers.models import batch, build, names
 from neft_kernels import NEFTuneEmbedding, describe, no_noise, replace_embeddings, restore_embeddings
 
 ADAPTERS = {

@@ -1,4 +1,4 @@
-"""Contract: the package's noise passes the tests of benchmarks/randomness.py, known-bad noise fails those that are meant for
+"""Contract: the package's noise passes the tests of experiments/randomness, known-bad noise fails those that are meant for
 it, and each statistic is what it is said to be.
 
 A p-value below `LEVEL` rejects. A run takes 29 of them for each element type, so noise that is what it should be would be
@@ -7,7 +7,6 @@ rejected with a probability below 1e-9.
 
 import contextlib
 import itertools
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,16 +15,13 @@ import pytest
 import torch
 from scipy import stats
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import battery
-import randomness
-import rounding
-import uniformity
-from noise_sources import BEYOND_STATISTICS, BROKEN, Source, bits_of, broken
-from randomness_plan import PAIR_TESTS, RELATIONS, TESTS, Sizes, make_plan, related
-
-from neft_kernels import ops, reference
+from experiments.randomness import battery, rounding, uniformity
+from experiments.randomness import run as randomness
+from experiments.randomness.plan import PAIR_TESTS, RELATIONS, TESTS, Sizes, make_plan, related
+from experiments.randomness.sources import BEYOND_STATISTICS, BROKEN, Source, bits_of, broken
+from neft_kernels.ops import reference
+from neft_kernels.ops.autograd import draw_seed
+from neft_kernels.ops.registration import OVERLOADS
 
 SIZES = Sizes(steps=1, tokens=1024, columns=640, pairs=64, pair_tokens=16, pair_columns=64)
 LEVEL = 1e-9 / (len(TESTS) + len(RELATIONS) * len(PAIR_TESTS))
@@ -96,7 +92,7 @@ def test_seeds_are_those_that_the_package_draws():
     seeds = battery.draw_seeds(3)
     torch.manual_seed(5)
     out = [
-        ops.OVERLOADS["add_noise"]["reference"](torch.zeros(2, 8), ops.draw_seed(torch.device("cpu")), None, 1.0, 0, 0)
+        OVERLOADS["add_noise"]["reference"](torch.zeros(2, 8), draw_seed(torch.device("cpu")), None, 1.0, 0, 0)
         for _ in seeds
     ]
     for seed, noise in zip(seeds, out, strict=True):

@@ -1,8 +1,10 @@
 """Contract: in a training run of the real Trainer the noise is there while it trains, once, and gone afterwards."""
 
+import contextlib
 import copy
 import inspect
 import logging
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,40 +17,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import neftune
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import neft_kernels
+from helpers.models import D, llama, rows
 from neft_kernels import (
     NEFTuneCallback,
     describe,
+    noise_magnitude,
     patch_transformers,
     replace_embeddings,
     restore_embeddings,
     set_alpha,
 )
-from neft_kernels.noise import Noise
-
-D = 16
-
-
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).train()
-
-
-def rows(count=12):
-    torch.manual_seed(1)
-    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 50, (count, 9)).tolist()]
+from neft_kernels.integrations.trainer import _own_hook
+from neft_kernels.models.noise import EmbeddingNoise
 
 
 def trainer(tmp_path, network, callbacks=(), cls=Trainer, **options):
@@ -78,13 +61,40 @@ class Look(TrainerCallback):
             raise self.error
 
 
+def own_hook():
+    """What puts transformers' own hook on and takes it off, at this moment."""
+    owner, names = _own_hook()
+    return tuple(getattr(owner, name) for name in names)
+
+
+def activate(network, alpha, accelerator=None):
+    """Does what the Trainer does before it trains; returns the handle."""
+    put_on, _ = own_hook()
+    if _own_hook()[0] is transformers.trainer:
+        return put_on(network, alpha, accelerator)
+    accelerator = accelerator or SimpleNamespace(unwrap_model=lambda given: given)
+    holder = SimpleNamespace(neftune_noise_alpha=alpha, accelerator=accelerator)
+    assert put_on(holder, network) is network
+    return holder.neftune_hook_handle
+
+
+def deactivate(network, handle, accelerator=None):
+    """Does what the Trainer does after it has trained."""
+    _, take_off = own_hook()
+    if _own_hook()[0] is transformers.trainer:
+        take_off(network, handle, accelerator)
+    else:
+        accelerator = accelerator or SimpleNamespace(unwrap_model=lambda given: given)
+        take_off(SimpleNamespace(neftune_hook_handle=handle, accelerator=accelerator), network)
+
+
 def is_plain(network):
     embedding = network.get_input_embeddings()
     return type(embedding) is nn.Embedding and not embedding._forward_hooks and not network._forward_pre_hooks
 
 
 def test_callback_is_there_while_it_trains_and_gone_afterwards(tmp_path):
-    network, look = model(), Look()
+    network, look = llama(), Look()
     runner = trainer(tmp_path, network, [NEFTuneCallback(alpha=7.0, scale_by="batch"), look])
     assert is_plain(network)
     for _ in range(2):
@@ -98,14 +108,14 @@ def test_callback_is_there_while_it_trains_and_gone_afterwards(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_training_that_fails_leaves_a_plain_model(tmp_path, error):
-    network, look = model(), Look(fail_at=2, error=error)
+    network, look = llama(), Look(fail_at=2, error=error)
     runner = trainer(tmp_path, network, [NEFTuneCallback(), look])
     with pytest.raises(error):
         runner.train()
     assert len(look.reports[0]) == 1
     assert is_plain(network)
 
-    network, look = model(), Look(fail_at=2, error=error)
+    network, look = llama(), Look(fail_at=2, error=error)
     with patch_transformers():
         runner = trainer(tmp_path, network, [look], neftune_noise_alpha=5.0)
         with pytest.raises(error):
@@ -115,8 +125,8 @@ def test_a_training_that_fails_leaves_a_plain_model(tmp_path, error):
 
 
 def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
-    before = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
-    network, look = model(), Look()
+    before = own_hook()
+    network, look = llama(), Look()
     with patch_transformers(scale_by="batch"):
         runner = trainer(tmp_path, network, [look], neftune_noise_alpha=5.0)
         for _ in range(2):
@@ -125,60 +135,78 @@ def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
     assert [(report.alpha, report.strategy, report.scale_by) for (report,) in look.reports] == [
         (5.0, "fused", "batch")
     ] * 6
-    assert (transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune) == before
+    assert own_hook() == before
 
     look = Look()  # outside of it the Trainer's own hook is back
-    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
     assert look.reports == [()] * 3
     assert look.hooks == [1] * 3
 
 
 def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
-    before = transformers.trainer.activate_neftune
+    before = own_hook()
     first = patch_transformers()
     second = patch_transformers(scale_by="batch")
     look = Look()
-    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
     assert [len(report) for report in look.reports] == [1] * 3
     assert {report[0].scale_by for report in look.reports} == {"batch"}
     first.undo()  # in any order, and as often as one likes
-    trainer(tmp_path, model(), [look], neftune_noise_alpha=5.0).train()
+    trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
     assert [len(report) for report in look.reports] == [1] * 6
     second.undo(), second.undo()
-    assert transformers.trainer.activate_neftune is before
+    assert own_hook() == before
     with patch_transformers():
         second.undo()
-        assert transformers.trainer.activate_neftune is not before
+        assert own_hook() != before
 
 
 def test_a_handle_undoes_only_what_it_did():
     """Taken back a second time, as the Trainer does where a run fails after its end, it leaves alone what came since."""
-    network = model()
+    network = llama()
     with patch_transformers():
-        handle = transformers.trainer.activate_neftune(network, 5.0)
+        handle = activate(network, 5.0)
         assert len(describe(network)) == 1
         handle.remove()
         assert is_plain(network)
         replace_embeddings(network, alpha=50.0)
-        transformers.trainer.deactivate_neftune(network, handle)
+        deactivate(network, handle)
     assert describe(network)[0].alpha == 50.0
 
 
 def test_patching_leaves_a_model_alone_that_is_noisy_already(caplog):
     """As the callback does; and undoing what the Trainer did undoes nothing of the user's."""
-    network = replace_embeddings(model(), alpha=50.0)
+    network = replace_embeddings(llama(), alpha=50.0)
     with patch_transformers(), caplog.at_level(logging.WARNING, logger="neft_kernels"):
-        handle = transformers.trainer.activate_neftune(network, 5.0)
+        handle = activate(network, 5.0)
         assert "noisy already" in caplog.text
         assert describe(network)[0].alpha == 50.0
-        transformers.trainer.deactivate_neftune(network, handle)
+        deactivate(network, handle)
     assert describe(network)[0].alpha == 50.0
 
 
 def test_patching_needs_a_transformers_that_can_be_patched(monkeypatch):
-    monkeypatch.delattr(transformers.trainer, "activate_neftune")
-    with pytest.raises(RuntimeError, match="needs transformers 5"):
+    owner, names = _own_hook()
+    monkeypatch.delattr(owner, names[0])
+    with pytest.raises(RuntimeError, match=r"needs transformers 4\.40"):
         patch_transformers()
+
+
+def test_before_5_2_it_is_methods_of_the_trainer(monkeypatch, tmp_path):
+    """What test_versions does with such versions, here without one."""
+    for name in ("activate_neftune", "deactivate_neftune"):
+        monkeypatch.delattr(transformers.trainer, name, raising=False)
+        monkeypatch.setattr(Trainer, f"_{name}", lambda self, model: model, raising=False)
+    before = own_hook()
+    network = llama()
+    runner = trainer(tmp_path, network, neftune_noise_alpha=5.0)
+    with patch_transformers(scale_by="batch"):
+        assert own_hook() != before
+        assert runner._activate_neftune(network) is network
+        assert [(report.alpha, report.scale_by) for report in describe(network)] == [(5.0, "batch")]
+        runner._deactivate_neftune(network)
+        assert is_plain(network)
+    assert own_hook() == before
 
 
 def test_patching_draws_nothing():
@@ -189,7 +217,7 @@ def test_patching_draws_nothing():
 
 def test_an_alpha_of_0_is_off_however_it_came():
     """To a compiled graph it is a number like others, once it has been set at run time; to people it is not."""
-    for network in (replace_embeddings(model(), alpha=0), replace_embeddings(model(), alpha=5.0)):
+    for network in (replace_embeddings(llama(), alpha=0), replace_embeddings(llama(), alpha=5.0)):
         set_alpha(network, 0)
         assert describe(network)[0].state == "off: alpha is 0"
         set_alpha(network, 1.0)
@@ -197,12 +225,12 @@ def test_an_alpha_of_0_is_off_however_it_came():
 
 
 def test_bad_options_are_refused_at_once():
-    before = transformers.trainer.activate_neftune
+    before = own_hook()
     with pytest.raises(ValueError, match="scale_by"):
         patch_transformers(scale_by="x")
     with pytest.raises(TypeError, match="alfa"):
         patch_transformers(alfa=3)
-    assert transformers.trainer.activate_neftune is before
+    assert own_hook() == before
     with pytest.raises(ValueError, match="alpha"):
         NEFTuneCallback(-3.0)
     with pytest.raises(TypeError, match="alfa"):
@@ -217,13 +245,13 @@ def test_never_two_noises(tmp_path, caplog):
     """Whatever of ours meets the Hugging Face hook steps aside and says so."""
     own_bound = 5.0 / (9 * D) ** 0.5
 
-    network, look = model(), Look()
+    network, look = llama(), Look()
     with caplog.at_level(logging.WARNING, logger="neft_kernels"):
         trainer(tmp_path, network, [NEFTuneCallback(50.0), look], neftune_noise_alpha=5.0).train()
     assert "neftune_noise_alpha is set as well" in caplog.text
     assert look.reports == [()] * 3
 
-    network, look = replace_embeddings(model(), alpha=50.0), Look()
+    network, look = replace_embeddings(llama(), alpha=50.0), Look()
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="neft_kernels"):
         trainer(tmp_path, network, [NEFTuneCallback(1.0), look]).train()
@@ -232,10 +260,10 @@ def test_never_two_noises(tmp_path, caplog):
     assert describe(network)[0].alpha == 50.0  # the callback does not undo what it did not do
 
     for order in ("hook first", "hook second"):
-        network = model()
+        network = llama()
         if order == "hook second":
             replace_embeddings(network, alpha=50.0)
-        handle = neftune.activate_neftune(network, 5.0)
+        handle = activate(network, 5.0)
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="neft_kernels"):
             if order == "hook first":
@@ -247,14 +275,26 @@ def test_never_two_noises(tmp_path, caplog):
         noise = embedding(ids) - embedding.weight[ids]
         assert 0 < noise.abs().max() <= own_bound + 1e-5, order
         assert "neftune_noise_alpha" in describe(network)[0].state
-        neftune.deactivate_neftune(network, handle)
+        deactivate(network, handle)
         assert describe(network)[0].state == "on"
         assert (embedding(ids) - embedding.weight[ids]).abs().max() > own_bound
 
 
+def test_scale_by_batch_is_the_rule_of_the_hugging_face_hook():
+    """The hook computes it in float32, so half a unit in the last place apart."""
+    network, ids = llama(), torch.zeros(2, 9, dtype=torch.int64)
+    embedding = network.get_input_embeddings()
+    nn.init.zeros_(embedding.weight)
+    activate(network, 5.0)
+    largest = max(embedding(ids).abs().max().item() for _ in range(200))
+    magnitude = noise_magnitude(ids, D, 5.0, scale_by="batch")
+    # The largest of n uniform draws on [0, m] is below m (1 - t) with probability (1 - t)**n; n = 57600, t = 0.001: 1e-25.
+    assert 0.999 * magnitude < largest <= magnitude * (1 + 2**-23)
+
+
 def test_schedule_follows_the_trainers_step(tmp_path):
     look = Look()
-    network = model()
+    network = llama()
     callback = NEFTuneCallback(alpha=lambda step: 10.0 * step)
     trainer(tmp_path, network, [callback, look], gradient_accumulation_steps=2).train()
     assert [report[0].alpha for report in look.reports] == [0.0, 10.0, 20.0]
@@ -264,10 +304,78 @@ def test_schedule_follows_the_trainers_step(tmp_path):
 
 def test_a_callback_that_steps_aside_lets_the_training_run(tmp_path):
     """It tells its schedule to nobody; and what Trainer.train returns is what it returns without us."""
-    network, look = replace_embeddings(model(), alpha=50.0), Look()
+    network, look = replace_embeddings(llama(), alpha=50.0), Look()
     output = trainer(tmp_path, network, [NEFTuneCallback(lambda step: 1.0), look]).train()
     assert output.global_step == 3
     assert [report[0].alpha for report in look.reports] == [50.0] * 3
+
+
+@pytest.mark.parametrize("way", ["callback", "patch"])
+def test_a_smaller_batch_is_tried_with_noise(way, tmp_path, caplog):
+    """With auto_find_batch_size training begins as often as it is tried, and ends once."""
+
+    class OutOfMemoryOnce(Look):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if len(self.reports) == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    network, look = llama(), OutOfMemoryOnce()
+    callbacks, options = [NEFTuneCallback(7.0), look], {}
+    if way == "patch":
+        callbacks, options = [look], {"neftune_noise_alpha": 7.0}
+    with patch_transformers(), caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        trainer(tmp_path, network, callbacks, auto_find_batch_size=True, **options).train()
+    assert len(look.reports) == 1 + 3
+    assert all(report[0].alpha == 7.0 and report[0].last_magnitude is not None for report in look.reports)
+    assert [record for record in caplog.records if record.name == "neft_kernels"] == []
+    assert is_plain(network)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_callback_that_was_removed_leaves_no_noise(error, tmp_path):
+    """Nothing calls it when training ends, or fails."""
+
+    class Removes(Look):
+        def on_step_end(self, args, state, control, **kwargs):
+            runner.remove_callback(NEFTuneCallback)
+            super().on_step_end(args, state, control, **kwargs)
+
+    network, look = llama(), Removes(error and 2, error)
+    runner = trainer(tmp_path, network, [NEFTuneCallback(), look])
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        runner.train()
+    assert len(look.reports[0]) == 1
+    assert is_plain(network)
+
+
+def test_trainings_in_two_threads_end_each_its_own_noise(tmp_path):
+    """Each in a context of its own: the one that ends first leaves the other one's model noisy."""
+    first_has_ended, second_has_begun, reports = threading.Event(), threading.Event(), []
+
+    class WaitsForTheFirst(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            second_has_begun.set()
+            first_has_ended.wait(60)
+            reports.append(describe(kwargs["model"]))
+
+    class WaitsForTheSecond(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            second_has_begun.wait(60)
+
+    networks = llama(), llama()
+    runners = [
+        trainer(tmp_path / str(each), network, [NEFTuneCallback(), waits()])
+        for each, (network, waits) in enumerate(zip(networks, (WaitsForTheSecond, WaitsForTheFirst), strict=True))
+    ]
+    second = threading.Thread(target=runners[1].train)
+    second.start()
+    runners[0].train()
+    assert is_plain(networks[0])
+    first_has_ended.set()
+    second.join()
+    assert [len(report) for report in reports] == [1] * 3
+    assert is_plain(networks[1])
 
 
 @pytest.mark.parametrize("first", [NEFTuneCallback, lambda: patch_transformers().undo()], ids=["callback", "patch"])
@@ -287,15 +395,15 @@ def test_train_is_wrapped_once_by_whichever_comes_first(first, monkeypatch):
 
 
 def test_what_accelerate_wraps_is_unwrapped_first():
-    network = model()
+    network = llama()
     wrapped = nn.Sequential(network)
     accelerator = SimpleNamespace(unwrap_model=lambda given: given[0])
     with patch_transformers():
-        handle = transformers.trainer.activate_neftune(wrapped, 5.0, accelerator)
+        handle = activate(wrapped, 5.0, accelerator)
         assert [report.name for report in describe(network)] == ["model.embed_tokens"]
         assert not wrapped._forward_hooks
         assert not wrapped._forward_pre_hooks
-        transformers.trainer.deactivate_neftune(wrapped, handle, accelerator)
+        deactivate(wrapped, handle, accelerator)
     assert is_plain(network)
 
 
@@ -308,12 +416,12 @@ def test_an_alpha_that_is_set_during_training_stays(tmp_path):
             set_alpha(kwargs["model"], 8.0)
 
     look = Sets()
-    trainer(tmp_path, model(), [NEFTuneCallback(5.0), look]).train()
+    trainer(tmp_path, llama(), [NEFTuneCallback(5.0), look]).train()
     assert [report[0].alpha for report in look.reports] == [5.0, 8.0, 8.0]
 
 
 def test_schedule_counts_forward_passes_and_set_alpha_changes_it():
-    network = replace_embeddings(model(), alpha=lambda step: 1.0 + step)
+    network = replace_embeddings(llama(), alpha=lambda step: 1.0 + step)
     ids = torch.arange(3, 12)[None]
     seen = []
     for _ in range(3):
@@ -352,7 +460,7 @@ def test_a_compiled_model_follows_set_alpha_without_compiling_again():
 def test_a_compiled_model_does_not_freeze_a_schedule(fullgraph):
     """It cannot count, and says so; also where the embedding runs uncompiled, because the compiler gave up on it."""
     torch._dynamo.reset()
-    network = replace_embeddings(model(), alpha=lambda step: 5.0 if step < 2 else 0.0)
+    network = replace_embeddings(llama(), alpha=lambda step: 5.0 if step < 2 else 0.0)
     ids = torch.arange(3, 12)[None]
     with pytest.raises(Exception, match=r"set_alpha\(\.\.\., step="):
         torch.compile(network, fullgraph=fullgraph, backend="eager")(ids)
@@ -361,7 +469,7 @@ def test_a_compiled_model_does_not_freeze_a_schedule(fullgraph):
 def test_a_schedule_counts_on_in_a_model_that_is_compiled_in_part():
     """The outermost module is not compiled, and so it counts; the embedding inside of the compiled part follows."""
     torch._dynamo.reset()
-    network = replace_embeddings(model(), alpha=lambda step: 1.0 + step)
+    network = replace_embeddings(llama(), alpha=lambda step: 1.0 + step)
     network.model.compile(backend="eager")
     ids = torch.arange(3, 12)[None]
     for step in range(3):
@@ -387,7 +495,7 @@ def test_a_compiled_model_follows_a_schedule_whose_step_is_told():
 
 
 def test_a_recomputed_pass_is_not_counted():
-    network = replace_embeddings(model(), alpha=lambda step: 5.0 * (step + 1))
+    network = replace_embeddings(llama(), alpha=lambda step: 5.0 * (step + 1))
     ids = torch.arange(3, 12)[None]
     gradients = []
     for recompute in (False, True):
@@ -408,7 +516,7 @@ def test_noise_on_the_prompt_or_the_completion_only():
     ids = torch.arange(3, 12)[None]
     labels = torch.where(torch.arange(9) < 4, -100, ids)
     for noise_on, noisy in (("prompt", torch.arange(9) < 4), ("completion", torch.arange(9) >= 4)):
-        network = replace_embeddings(model(), alpha=50.0, noise_on=noise_on)
+        network = replace_embeddings(llama(), alpha=50.0, noise_on=noise_on)
         output = network(ids, labels=labels, output_hidden_states=True).hidden_states[0]
         changed = (output != network.get_input_embeddings().weight[ids]).any(-1)[0]
         assert torch.equal(changed, noisy)
@@ -416,7 +524,7 @@ def test_noise_on_the_prompt_or_the_completion_only():
         with pytest.raises(ValueError, match=f"noise_on='{noise_on}' needs labels"):
             network(ids)
     with pytest.raises(ValueError, match="noise_on"):
-        replace_embeddings(model(), noise_on="answers")
+        replace_embeddings(llama(), noise_on="answers")
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
@@ -424,8 +532,9 @@ def test_noise_on_the_prompt_or_the_completion_only():
         replace_embeddings(t5, noise_on="prompt")
 
 
+@pytest.mark.cpu_extension
 def test_the_first_noisy_batch_is_logged_once(caplog):
-    network = replace_embeddings(model(), alpha=5.0)
+    network = replace_embeddings(llama(), alpha=5.0)
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
         for _ in range(2):
             network(torch.arange(3, 12)[None], attention_mask=torch.ones(1, 9))
@@ -435,7 +544,7 @@ def test_the_first_noisy_batch_is_logged_once(caplog):
 
 
 def test_the_log_of_a_schedule_and_of_what_could_not_be_used(caplog):
-    network = replace_embeddings(model(), alpha=lambda step: 3.0 + step)
+    network = replace_embeddings(llama(), alpha=lambda step: 3.0 + step)
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
         network(torch.arange(3, 12)[None], attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
     (message,) = [record.getMessage() for record in caplog.records if "noise is on" in record.getMessage()]
@@ -446,10 +555,10 @@ def test_the_log_of_a_schedule_and_of_what_could_not_be_used(caplog):
 def test_magnitudes_are_read_only_for_a_log_that_is_kept(caplog, monkeypatch):
     """On a GPU reading them waits for the device."""
     read = []
-    monkeypatch.setattr(Noise, "bounds", lambda noise: read.append(noise))
+    monkeypatch.setattr(EmbeddingNoise, "bounds", lambda noise: read.append(noise))
     for level, reads in ((logging.WARNING, 0), (logging.INFO, 1)):
         with caplog.at_level(level, logger="neft_kernels"):
-            replace_embeddings(model(), alpha=5.0)(torch.arange(3, 12)[None])
+            replace_embeddings(llama(), alpha=5.0)(torch.arange(3, 12)[None])
         assert len(read) == reads
 
 
@@ -487,7 +596,7 @@ def test_sft_trainer(tmp_path, case, peft):
         bf16=False,
         **SFT[case],
     )
-    network, look = model(), Look()
+    network, look = llama(), Look()
     runner = trl.SFTTrainer(
         network,
         config,
@@ -504,3 +613,13 @@ def test_sft_trainer(tmp_path, case, peft):
     assert max(bounds) > min(bounds)
     assert all(report[0].note == "" for report in look.reports)
     assert describe(runner.model) == ()
+
+
+def test_patched_the_attribute_of_the_hook_goes_when_training_ends(tmp_path):
+    """Unsloth's generated trainers set it on the embedding before they train."""
+    network, look = llama(), Look()
+    network.get_input_embeddings().neftune_noise_alpha = 5.0
+    with patch_transformers():
+        trainer(tmp_path, network, [look], neftune_noise_alpha=5.0).train()
+    assert all(report.state == "on" for (report,) in look.reports)
+    assert "neftune_noise_alpha" not in vars(network.get_input_embeddings())

@@ -1,7 +1,7 @@
 """Compiles every GPU kernel for every GPU that it is meant for, and looks at the machine code. Needs no GPU.
 
-    python tools/check_gpu.py            about ten minutes on two processors
-    python tools/check_gpu.py --quick    two GPUs, fewer element types
+    python -m tools.check_gpu            about ten minutes on two processors
+    python -m tools.check_gpu --quick    two GPUs, fewer element types
 
 Triton's kernels are compiled as a launch on an aligned table compiles them: the package's own launcher runs, on a driver
 that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,17 +28,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from machine_code import MachineCode, disassemble, from_amdgcn
+from tools.machine_code import MachineCode, disassemble, from_amdgcn
 
 ROOT = Path(__file__).resolve().parent.parent
+TURING = "sm_75"  # T4 and RTX 20; only the CUDA kernels, because Triton keeps fewer loads under way there
 ARCHITECTURES = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090
-MAIN_TARGETS = (*(f"sm_{architecture}" for architecture in ARCHITECTURES), "gfx942")  # ... and MI300
-#: Triton compiles for these too; of them, one table of each element type is looked at. T4; RTX 3090; RTX 4090; B300; DGX
-#: Spark; MI200; MI350; RX 7900; RX 9070.
-OTHER_TARGETS = ("sm_75", "sm_86", "sm_89", "sm_103", "sm_121", "gfx90a", "gfx950", "gfx1100", "gfx1201")
+MAIN_TARGETS = (TURING, *(f"sm_{architecture}" for architecture in ARCHITECTURES), "gfx942")  # ... and MI300
+#: Triton compiles for these too; of them, one table of each element type is looked at. RTX 3090; RTX 4090; B300; DGX Spark;
+#: MI200; MI350; RX 7900; RX 9070.
+OTHER_TARGETS = ("sm_86", "sm_89", "sm_103", "sm_121", "gfx90a", "gfx950", "gfx1100", "gfx1201")
 TARGETS = (*MAIN_TARGETS, *OTHER_TARGETS)
 QUICK_TARGETS = ("sm_90", "gfx942")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+OPS = ("noisy_embedding", "add_noise")
 QUICK_DTYPES = ("float64", "bfloat16")
 CUDA_DTYPES = {"Fp32": "float32", "Fp64": "float64", "Fp16": "float16", "Bf16": "bfloat16"}
 
@@ -177,33 +179,37 @@ def machine_code(target_name: str, launch: Callable[[], object], options: dict[s
     return codes
 
 
-def check_triton(target_name: str, dtype_name: str, width: int, options: dict[str, Any]) -> list[Kernel]:
+def check_triton(
+    target_name: str, dtype_name: str, width: int, ops: Sequence[str], options: dict[str, Any]
+) -> list[Kernel]:
     import torch
 
-    from neft_kernels import triton_backend
+    from neft_kernels.ops import triton_noise
 
     rows, seed = torch.zeros(64, width, dtype=getattr(torch, dtype_name)), torch.zeros(1, dtype=torch.int64)
     launches: dict[tuple[str, str], Callable[[], object]] = {}
     for magnitude, per_token in (("one magnitude", None), ("one per token", torch.zeros(64))):
         noise = (seed, per_token, 0.1, 0, 0)
-        launches["add_noise", magnitude] = partial(triton_backend.add_noise, rows, *noise)
+        launches["add_noise", magnitude] = partial(triton_noise.add_noise, rows, *noise)
         for ids_name in ("int64", "int32"):
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
-            launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, rows, *noise)
+            launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
     # AMD's backend compiles other code for these. Their memory is never touched.
     element_size = rows.element_size()
     large = torch.empty((1 << 31) // element_size + rows.numel(), dtype=rows.dtype)[: rows.numel()].view(rows.shape)
     many = torch.zeros(1, dtype=torch.int64).expand((1 << 31) // (width * element_size) + 1).contiguous()
     noise = (seed, None, 0.1, 0, 0)
-    launches["noisy_embedding", PAST_2_GIB] = partial(triton_backend.noisy_embedding, many, large, *noise)
+    launches["noisy_embedding", PAST_2_GIB] = partial(triton_noise.noisy_embedding, many, large, *noise)
     # Where no vector fits; and where a row is narrower than one.
     for variant, odd in (("unaligned", rows[:, 1 : width - 1 : 2]), ("unaligned column", rows[:, :1].contiguous())):
-        launches["add_noise", variant] = partial(triton_backend.add_noise, odd, *noise)
-        launches["noisy_embedding", variant] = partial(triton_backend.noisy_embedding, ids, odd, *noise)
+        launches["add_noise", variant] = partial(triton_noise.add_noise, odd, *noise)
+        launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, odd, *noise)
 
     kernels = []
     for (op, variant), launch in launches.items():
+        if op not in ops:
+            continue
         (code,) = machine_code(target_name, launch, options)
         kernels.append(Kernel(target_name, "triton", op, dtype_name, f"{variant}, width {rows.shape[1]}", code))
     return kernels
@@ -213,7 +219,7 @@ def check_magnitude(target_name: str) -> list[str]:
     """What is wrong with the kernel for magnitudes, which has no budget: it has to compile, and neither spill nor wait."""
     import torch
 
-    from neft_kernels import triton_magnitude
+    from neft_kernels.ops import triton_magnitude
 
     found = []
     zeros = torch.zeros(4, 5000, dtype=torch.int64)
@@ -322,6 +328,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two GPUs, and fewer element types of Triton's kernels")
     parser.add_argument("--target", action="append", choices=TARGETS, help="instead of all; can be repeated")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="likewise, of Triton's kernels")
+    parser.add_argument("--op", action="append", choices=OPS, help="likewise, and no magnitudes")
     parser.add_argument("--no-nvcc", action="store_true", help="leave the CUDA kernels out")
     parser.add_argument("--no-triton", action="store_true", help="leave the Triton kernels out")
     # 80 registers leave room for 24 warps on a multiprocessor, so for 48 KB of loads in flight.
@@ -343,24 +350,26 @@ def main() -> None:
     dtypes = options.dtype or (QUICK_DTYPES if options.quick else DTYPES)
     triton_options = dict(option.split("=") for option in options.triton_option)
     triton_options = {name: ast.literal_eval(value) for name, value in triton_options.items()}
+    ops = options.op or OPS
     problems = []
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         jobs = []
         if shutil.which("nvcc") and not options.no_nvcc:
             # Those that setup.py builds for.
             nvidia = [target for target in targets if target.startswith("sm_") and target in MAIN_TARGETS]
-            sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            sources = [ROOT / "csrc" / "cuda" / f"{op}.cu" for op in ops]
             jobs += [pool.submit(check_cuda, source, nvidia, options.nvcc_flag) for source in sources]
         elif not options.no_nvcc:
             problems.append("nvcc is not on the PATH, so the CUDA kernels WERE NOT CHECKED (--no-nvcc leaves them out)")
         if not options.no_triton:
+            for_triton = [target for target in targets if target != TURING]
             jobs += [
-                pool.submit(check_triton, target, dtype, width, triton_options)
-                for target in targets
+                pool.submit(check_triton, target, dtype, width, ops, triton_options)
+                for target in for_triton
                 for dtype in dtypes
                 for width in options.width or widths_of(target, dtype, options.quick)
             ]
-            magnitudes = [pool.submit(check_magnitude, target) for target in targets]
+            magnitudes = [pool.submit(check_magnitude, target) for target in for_triton if not options.op]
             problems += [problem for job in magnitudes for problem in job.result()]
         kernels = [kernel for job in jobs for kernel in job.result()]
     kernels.sort(key=lambda kernel: (kernel.source, targets.index(kernel.target), kernel.op, kernel.unaligned))

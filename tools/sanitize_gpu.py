@@ -1,6 +1,6 @@
 """Every GPU kernel, small, for compute-sanitizer to watch: awkward widths, bad ids, strided rows, masks. Results are checked.
 
-compute-sanitizer --tool memcheck python tools/sanitize_gpu.py
+compute-sanitizer --tool memcheck python -m tools.sanitize_gpu
 """
 
 import itertools

@@ -1,7 +1,7 @@
 // The gradient of an embedding on the CPU: out[id] = the sum of grad[t] over all tokens t of that id, 0 where there is none.
 //
-// Each sum is taken in fp64, in the order of the tokens, and rounded once. So it depends neither on the number of threads
-// nor on how they share the work.
+// Each sum is computed in fp64, in the order of the tokens, and rounded once. It therefore does not depend on the number of
+// threads, nor on how they share the work.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -12,11 +12,11 @@
 namespace neft {
 namespace {
 
-// The tokens sorted by their ids: those of one id lie side by side, in their own order.
+// The tokens sorted by their ids. Tokens of one id are adjacent and keep their order.
 struct TokensById {
-  std::vector<int64_t> ids;     // that occur, in ascending order
-  std::vector<int64_t> begins;  // where the tokens of each begin in `rows`; one more at the end
-  std::vector<int64_t> rows;    // where the gradient of each token begins, in bytes; the last one twice
+  std::vector<int64_t> ids;     // the ids that occur, ascending
+  std::vector<int64_t> begins;  // the index in `rows` of the first token of each id, and the end
+  std::vector<int64_t> rows;    // the offset of the gradient of each token, in bytes; the last one twice
 };
 
 template <class Id>
@@ -48,7 +48,7 @@ TokensById sort_by_id(const Tensor& input_ids, int64_t num_embeddings, int64_t p
   return sorted;
 }
 
-// Large outputs are not written where there is nothing to add, see fresh_pages.h.
+// Rows of large outputs to which nothing is added are not written, see fresh_pages.h.
 Tensor zeros_like_rows_of(const Tensor& grad, int64_t num_rows, int64_t num_columns, int64_t size) {
   if (num_rows * num_columns * size >= kAlwaysFresh) {
     Tensor out = torch::stable::new_empty(grad, {num_rows, num_columns});

@@ -11,11 +11,11 @@
 
 namespace neft {
 
-// An output of this size or more comes fresh from the kernel each time: glibc never keeps blocks of that size.
+// The OS maps an output of this size or more anew each time, because glibc never keeps blocks of that size.
 constexpr int64_t kAlwaysFresh = int64_t{32} << 20;
 
-// Asks for pages of 2 MB where `data`, newly allocated, has them whole: the faults of 4 KB pages take longer than filling
-// them. Where the kernel has no such pages, or the memory is in use already, nothing happens.
+// Requests pages of 2 MB for newly allocated `data`, because the faults of 4 KB pages take longer than filling them. If the OS
+// has no such pages, or the memory is in use already, nothing happens.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
@@ -27,7 +27,7 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 }
 
 #if defined(__linux__)
-// Whether pages that are given back to the kernel read as zeros afterwards. Old emulators of user mode keep what they held.
+// Whether pages that are returned to the OS read as zeros afterwards. Old user-mode emulators keep their contents.
 inline bool discarded_pages_are_zeros() {
   static const bool are_zeros = [] {
     const auto size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -43,8 +43,8 @@ inline bool discarded_pages_are_zeros() {
 }
 #endif
 
-// Makes `data`, newly allocated by malloc, all zeros without writing them: the kernel takes its pages back, and maps zeros
-// where they are next touched. False, and nothing done, where that is not possible or does not pay.
+// Sets `data`, newly allocated by malloc, to zeros without writing them: its pages are returned to the OS, which maps zeros
+// when they are touched next. Does nothing and returns false where that is not possible or not faster.
 inline bool zero_without_writing(void* data, int64_t bytes) {
 #if defined(__linux__)
   if (bytes < kAlwaysFresh || !discarded_pages_are_zeros()) return false;

@@ -1,6 +1,6 @@
-// The one body of the CPU row kernels. A translation unit per instruction set defines NEFT_NAMESPACE and NEFT_LANES and
-// includes this file, and nothing before it that defines functions: they would be compiled for that instruction set, and
-// the linker could pick that copy for everyone.
+// The common body of the CPU row kernels. Each instruction set has a translation unit that defines NEFT_NAMESPACE and
+// NEFT_LANES and includes this file. It must not include a file with functions before: they would be compiled for that
+// instruction set, and the linker could use that copy everywhere.
 //
 // A batch is kLanes Philox blocks, one per 64-bit lane of two vectors; they become four vectors of words in column order,
 // each 32-bit lane one column of a 32- or 64-bit type or two columns of a 16-bit one.
@@ -58,8 +58,8 @@ struct Bf16 {
     const Floats odd = add_scaled(as_float(w & 0xFFFF0000), magnitude, uniform_from_high_half(words));
     store(out, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xFFFF0000));
   }
-  // Round to nearest even in the upper half of each lane; the lower half is left over. A NaN needs no care: it came from a
-  // bf16, or is the default one, so its lower half is zero and what is added does not reach the upper one.
+  // Rounds to nearest even in the upper half of each lane; the lower half has no meaning. NaN needs no special case: it came
+  // from a bf16, or is the default NaN, so its lower half is zero, and the addition does not reach the upper half.
   NEFT_FUNCTION static Words round_to_bf16(Floats floats) {
     const Words bits = bit_cast<Words>(floats);
     return bits + 0x7FFF + ((bits >> 16) & 1);
@@ -80,7 +80,7 @@ void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t 
   const auto* in = static_cast<const char*>(in_row);
   const auto* next = static_cast<const char*>(next_row);
   auto* out = static_cast<char*>(out_row);
-  // Copies, because as far as the compiler can tell, what is written to `out` might change `noise`.
+  // Copies, because the compiler must assume that writes to `out` change `noise`.
   const Key key = make_key(noise.seed);
   const int64_t token = noise.token;
   const uint32_t stream = noise.stream;
@@ -104,7 +104,7 @@ void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t 
     add_batch(in + column * Element::kSize, out + column * Element::kSize, column);
   }
 
-  if (column < end) {  // the last, partial batch goes through a buffer of a whole one
+  if (column < end) {  // the last, partial batch uses a buffer of a whole batch
     char buffer[kBatchBytes] = {};
     const size_t bytes = (end - column) * Element::kSize;
     std::memcpy(buffer, in + column * Element::kSize, bytes);

@@ -1,6 +1,6 @@
-// Vectors by GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to whatever the instruction set has.
-// Only four things are written with intrinsics, because the compiler finds no good code for them: the widening multiply,
-// the interleaving of 64-bit lanes and the conversions of half-precision floats and of doubles.
+// Vectors with GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to the instruction set in use. Only
+// four operations use intrinsics, because the compiler generates slow code for them: the widening multiplication, the
+// interleaving of 64-bit lanes and the conversions of half-precision floats and of doubles.
 //
 // Included by one translation unit per instruction set, which defines NEFT_NAMESPACE and NEFT_LANES first.
 #pragma once
@@ -30,8 +30,8 @@ typedef float Floats __attribute__((vector_size(4 * NEFT_LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * NEFT_LANES)));
 typedef double Doubles __attribute__((vector_size(4 * NEFT_LANES)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * NEFT_LANES)));
-// A word in the low half of each 64-bit lane, what is left of its computation in the upper half. The generator works on
-// these, because a widening multiply reads such lanes and writes its 64-bit products into them.
+// A word in the low half of each 64-bit lane; the upper half has no meaning. The generator uses such lanes, because a widening
+// multiplication reads their low halves and writes 64-bit products.
 typedef uint64_t LongWords __attribute__((vector_size(4 * NEFT_LANES)));
 
 template <class To, class From>
@@ -153,8 +153,8 @@ NEFT_FUNCTION HalfWords to_fp16(Floats floats) {
 
 #endif
 
-// Two vectors whose computations run side by side. The rounds of the generator are one chain of dependent instructions, and
-// a processor looks too few instructions ahead to find the next batch's chain by itself.
+// Two vectors that are computed side by side. The rounds of the generator are one chain of dependent instructions, and the
+// processor does not look far enough ahead to overlap it with the chain of the next batch.
 struct Chains {
   LongWords v[2];
 };

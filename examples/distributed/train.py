@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
@@ -30,22 +30,23 @@ VOCAB = 256  # bytes
 ROWS, LENGTH = 4, 64
 
 
-def ddp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def ddp(model: LlamaForCausalLM, mesh: DeviceMesh) -> nn.Module:
     """Each rank has the whole model and rows of its own."""
     return DistributedDataParallel(replace_embeddings(model))
 
 
-def fsdp2(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def fsdp2(model: LlamaForCausalLM, mesh: DeviceMesh) -> nn.Module:
     """The model is spread over the ranks and gathered layer by layer. Noise first, so that it stays one kernel."""
     replace_embeddings(model)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
-def tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def tp(model: LlamaForCausalLM, mesh: DeviceMesh) -> nn.Module:
     """Each matrix is spread over the ranks, which compute the same rows together: one replica, one stream of noise."""
-    plan = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    plan: dict[str, ParallelStyle] = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
     for number in range(len(model.model.layers)):
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
             plan[f"model.layers.{number}.{name}"] = ColwiseParallel()
@@ -54,7 +55,7 @@ def tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return replace_embeddings(parallelize_module(model, mesh, plan))
 
 
-def cp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def cp(model: LlamaForCausalLM, mesh: DeviceMesh) -> nn.Module:
     """Each rank has the whole model and a part of every row, which the embedding has to be told."""
     group, rank = mesh.get_group(), mesh.get_local_rank()
 
@@ -70,7 +71,12 @@ def cp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return DistributedDataParallel(replace_embeddings(model, sequence_group=mesh, sequence_layout="contiguous"))
 
 
-ENGINES: dict[str, Callable[[nn.Module, DeviceMesh], nn.Module]] = {"ddp": ddp, "fsdp2": fsdp2, "tp": tp, "cp": cp}
+ENGINES: dict[str, Callable[[LlamaForCausalLM, DeviceMesh], nn.Module]] = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "tp": tp,
+    "cp": cp,
+}
 
 
 def batches(engine: str, mesh: DeviceMesh) -> Iterator[dict[str, Tensor]]:

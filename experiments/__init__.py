@@ -1,0 +1,1 @@
+"""Studies of what the noise is and what it does, each with its records and pictures in ``results``."""

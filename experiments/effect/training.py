@@ -1,0 +1,270 @@
+"""Pretraining, one fine-tuning run with the Trainer, and what is measured of its model, always without noise."""
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from experiments.effect.data import Example, Prepared
+from experiments.effect.measures import repeated_share, rouge_l, seen_share
+from experiments.effect.plan import HOOK, OURS, PACKED, Preset, Run
+from neft_kernels import describe, replace_embeddings
+
+PRETRAINING_SEED = 0
+HELD_OUT_BLOCKS = 32  # of the source, at most
+EVALUATION_ROWS = 32
+SAMPLE_ANSWERS = 3  # that a record shows
+
+
+def pretrain(
+    preset: Preset, tokenizer: PreTrainedTokenizerBase, blocks: Tensor, folder: Path
+) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    """A Llama trained on `blocks` ``[N, block_tokens]``, and its loss on those it has seen and on a few it has not."""
+    set_seed(PRETRAINING_SEED)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=preset.hidden_size,
+            intermediate_size=preset.intermediate_size,
+            num_hidden_layers=preset.num_hidden_layers,
+            num_attention_heads=preset.num_attention_heads,
+            max_position_embeddings=2 * max(preset.block_tokens, preset.pair_tokens),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    count = min(HELD_OUT_BLOCKS, len(blocks) // 10)
+    held_out, seen = (
+        [{"input_ids": block, "labels": block} for block in part] for part in (blocks[:count], blocks[count:])
+    )
+    trainer: Any = Trainer(
+        model,
+        _arguments(
+            preset,
+            folder,
+            max_steps=preset.pretraining_steps,
+            per_device_train_batch_size=preset.pretraining_blocks,
+            per_device_eval_batch_size=preset.pretraining_blocks,
+            learning_rate=preset.pretraining_learning_rate,
+            disable_tqdm=False,
+            seed=PRETRAINING_SEED,
+        ),
+        data_collator=default_data_collator,
+        train_dataset=seen,
+    )
+    trainer.train()
+    losses = {
+        "seen": trainer.evaluate(seen[:count])["eval_loss"],
+        "held_out": trainer.evaluate(held_out)["eval_loss"],
+    }
+    return model, losses
+
+
+def fine_tune(preset: Preset, run: Run, prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """Trains on the pairs that the run's seed draws, in the order it draws; returns the run's part of its record."""
+    begin = time.monotonic()
+    training = random.Random(run.seed).sample(prepared.train, preset.training_pairs)
+    held_out = prepared.held_out
+    tokenizer = AutoTokenizer.from_pretrained(prepared.folder)
+    model = LlamaForCausalLM.from_pretrained(prepared.folder)
+    if run.noise_by == OURS:
+        replace_embeddings(model, alpha=float(run.alpha))
+    probe = NoiseProbe()
+    trainer = Trainer(
+        model,
+        _arguments(
+            preset,
+            folder,
+            num_train_epochs=preset.epochs,
+            per_device_train_batch_size=preset.update_pairs,
+            learning_rate=preset.learning_rate,
+            neftune_noise_alpha=float(run.alpha) if run.noise_by == HOOK else None,
+            disable_tqdm=True,
+            seed=run.seed,
+        ),
+        data_collator=DataCollatorWithFlattening() if run.layout == PACKED else DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=[_labelled(example) for example in training],
+        callbacks=[probe],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    description = str(describe(model))
+
+    asked = held_out[: preset.answered_pairs]
+    answers = greedy_answers(model, tokenizer, asked, preset.answer_tokens)
+    outcomes = {
+        "held_out_loss": answer_loss(model, tokenizer, held_out[: preset.loss_pairs]),
+        "train_loss": answer_loss(model, tokenizer, training[: preset.loss_pairs]),
+        **_outcomes_of_answers(answers, asked, training, tokenizer, preset.answer_tokens),
+    }
+    shown = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers[:SAMPLE_ANSWERS]]
+    return {
+        "outcomes": outcomes,
+        "first_update": probe.found,
+        "updates": trainer.state.global_step,
+        "describe": description,
+        "answers": [[example.prompt, answer] for example, answer in zip(asked, shown, strict=False)],
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def _arguments(preset: Preset, folder: Path, **options: Any) -> TrainingArguments:
+    """What pretraining and fine-tuning have in common."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        adam_beta2=0.95,  # a short run has no time for the default's long average
+        data_seed=options["seed"],  # the same batches in the same order, whoever else draws random numbers
+        bf16=preset.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        **options,
+    )
+
+
+def _labelled(example: Example) -> dict[str, list[int]]:
+    """Only the answer is learned."""
+    ignored = [-100] * len(example.prompt_ids)
+    return {"input_ids": example.prompt_ids + example.answer_ids, "labels": ignored + example.answer_ids}
+
+
+class NoiseProbe(TrainerCallback):
+    """Measures the noise in the first update's embeddings, and what it should be with each document's own length."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self._handles = [
+            model.register_forward_pre_hook(self._note, with_kwargs=True),
+            model.get_input_embeddings().register_forward_hook(self._measure),  # after the Trainer's own hook
+        ]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
+        self._inputs = kwargs
+
+    def _measure(self, module: nn.Embedding, args: tuple[Tensor], output: Tensor) -> None:
+        rows = F.embedding(args[0], module.weight).detach()
+        noise = output.detach() - rows
+        lengths = document_lengths(self._inputs.get("attention_mask"), self._inputs.get("position_ids"))  # [B, L]
+        real = lengths > 0
+        self.found = {
+            "documents": int((1 / lengths[real]).sum().round()),
+            "row_tokens": args[0].shape[-1],
+            "embedding_rms": rows[real].square().mean().sqrt().item(),
+            "noise_rms": noise[real].square().mean().sqrt().item(),
+            "padding_noise_rms": noise[~real].square().mean().sqrt().item() if not real.all() else 0.0,
+            # of alpha = 1 and L = each document's length: 1 / sqrt(3 L d), as a uniform variable's variance is a third
+            "right_rms_per_alpha": (1 / (3 * lengths[real] * rows.shape[-1])).mean().sqrt().item(),
+        }
+
+
+def document_lengths(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """``[B, L]`` float: how long each token's document is, 0 for padding; counted here apart from neft_kernels."""
+    if attention_mask is not None:
+        return attention_mask * attention_mask.sum(-1, keepdim=True).float()
+    assert position_ids is not None
+    assert position_ids.shape[0] == 1
+    ends = torch.nonzero(F.pad(position_ids[0, 1:], (0, 1)) == 0)[:, 0]
+    lengths = position_ids[0, ends] + 1
+    return lengths.repeat_interleave(lengths)[None].float()
+
+
+@torch.no_grad()
+def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
+    """Mean negative log-likelihood, in nats, of an answer token, </s> included; in evaluation mode, so without noise."""
+    model.eval()
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    total, tokens = 0.0, 0
+    for rows in _batches(examples):
+        batch = collate([_labelled(row) for row in rows]).to(model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+        labels = batch["labels"][:, 1:]
+        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    return total / tokens
+
+
+def greedy_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], most_tokens: int
+) -> list[list[int]]:
+    """The tokens of the model's answer to each question, up to and with </s>, or `most_tokens` of them."""
+    model.eval()
+    answers = []
+    for batch in _batches(examples):
+        questions = tokenizer(
+            [each.prompt for each in batch], return_tensors="pt", padding=True, padding_side="left"
+        ).to(model.device)
+        output = model.generate(
+            input_ids=questions.input_ids,
+            attention_mask=questions.attention_mask,
+            max_new_tokens=most_tokens,
+            do_sample=False,
+        )
+        for row in output[:, questions.input_ids.shape[1] :].tolist():
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            answers.append(row[:end])
+    return answers
+
+
+def _outcomes_of_answers(
+    answers: Sequence[list[int]],
+    examples: Sequence[Example],
+    training: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int,
+) -> dict[str, float]:
+    ended = [answer[-1:] == [tokenizer.eos_token_id] for answer in answers]
+    said = [answer[:-1] if is_whole else answer for answer, is_whole in zip(answers, ended, strict=True)]
+    texts: list[Any] = [tokenizer.decode(answer, skip_special_tokens=True) for answer in said]
+    count = len(answers)
+    return {
+        "answer_tokens": sum(map(len, said)) / count,
+        "cut_off": sum(not is_whole for is_whole in ended) / count,
+        "repeated_4grams": sum(repeated_share(answer, 4) for answer in said) / count,
+        "rouge_l": sum(rouge_l(text, each.answer) for text, each in zip(texts, examples, strict=True)) / count,
+        "leaked_8grams": seen_share(said, [example.answer_ids for example in training], 8),
+    }
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for first in range(0, len(examples), EVALUATION_ROWS):
+        yield examples[first : first + EVALUATION_ROWS]

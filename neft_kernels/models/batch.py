@@ -1,0 +1,136 @@
+"""What a forward pass says about the sequences in its batch, and how the embedding reads it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from neft_kernels.models.layout import is_rearranged
+from neft_kernels.ops.checks import broadcasts
+from neft_kernels.ops.magnitude import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from neft_kernels.models.options import NoiseOptions
+
+__all__ = ["EMPTY_BATCH", "Batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward pass says about its batch. Names and shapes are those of :func:`neft_kernels.noise_magnitude`.
+
+    What the model is given in place of a tensor, such as a BlockMask, stands here as it is, so that it can be named in a note.
+    """
+
+    attention_mask: Any = None
+    position_ids: Any = None
+    cu_seq_lens: Any = None
+    labels: Any = None
+    #: The token ids that the others are about, ``[..., L]``, as the model was given them.
+    input_ids: Tensor | None = None
+    #: A cache was passed: tokens are being generated, and get no noise.
+    generating: bool = False
+    #: The ids are those of a decoder beside an encoder, so the labels are about them.
+    is_decoder: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is known."""
+        return self.input_ids is None and not self.generating and not any(self._given())
+
+    def inside(self, known: dict[str, Any], input_ids: Tensor | None) -> "Batch":
+        """The batch inside a module that is called with `input_ids` and with what is `known`, None included.
+
+        What is known of the batch outside still holds if the module is called with the same ids.
+        """
+        if input_ids is not None and input_ids is self.input_ids:
+            known = {name: value for name, value in known.items() if value is not None}
+        return replace(self, **known)
+
+    def about(
+        self, ids: Tensor, row_length: int | None, options: "NoiseOptions"
+    ) -> tuple[Tensor, dict[str, Tensor], str]:
+        """What this batch says about `ids` ``[..., l]``, which the model looks up.
+
+        Args:
+            ids: the token ids.
+            row_length: None if `ids` are whole rows; else the length of the rows of which they are a part. What is as long as
+                that is about the whole rows.
+            options: decide what counts.
+
+        Returns:
+            The ids that the model was given before it rearranged them, or `ids` themselves; the arguments of
+            :func:`neft_kernels.noise_magnitude` for these; and a note if they do not tell what they should.
+        """
+        tokens = ids
+        if row_length is None and self.input_ids is not None and is_rearranged(self.input_ids, ids):
+            tokens = self.input_ids
+        row_length = tokens.shape[-1] if row_length is None else row_length
+        told, unusable = {}, []
+        for name, value in self._given():
+            if options.noise_on == "all" if name == "labels" else options.scale_by == "batch":
+                continue
+            value = _of_tokens(name, value, tokens, row_length)
+            if _tells(name, value, tokens, row_length):
+                told[name] = value
+            else:
+                unusable.append((name, value))
+        by_labels = self.is_decoder and options.scale_by == "sequence" and not told
+        if by_labels and _tells("labels", self.labels, tokens, row_length):
+            # A decoder is seldom given a mask. Its collator fills labels up with IGNORED_LABEL.
+            counts = (self.labels != IGNORED_LABEL).flip(-1).cumsum(-1).flip(-1) > 0
+            told["attention_mask"] = counts.to(torch.int64)
+        if torch.compiler.is_compiling():
+            return tokens, told, ""
+        notes = [f"{_described(name, value, tokens)} does not tell the lengths of ids of shape {list(tokens.shape)}"
+                 for name, value in unusable]  # fmt: skip
+        if tokens.shape != ids.shape:
+            notes.append(f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}")
+        if (
+            not notes
+            and not told.keys() - {"labels"}
+            and options.scale_by == "sequence"
+            and tokens.shape[:-1].numel() > 1
+        ):
+            notes.append(f"nothing tells the lengths of ids of shape {list(tokens.shape)}, so all of them count")
+        return tokens, told, "; ".join(notes)
+
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        for name in ("attention_mask", "position_ids", "cu_seq_lens", "labels"):
+            if (value := getattr(self, name)) is not None:
+                yield name, value
+
+
+EMPTY_BATCH = Batch()
+
+
+def _of_tokens(name: str, value: Any, ids: Tensor, row_length: int) -> Any:
+    """The part of `value` that is about `ids`."""
+    if not isinstance(value, Tensor):
+        return value
+    if name == "attention_mask" and value.ndim == ids.ndim and value.shape[-1] != row_length:
+        return value[..., -ids.shape[-1] :]  # what comes before is about a cache, such as a prefix
+    if name == "position_ids" and value.ndim == ids.ndim + 1 and value.shape[0] == 4:
+        return value[0]  # of text; transformers' multimodal models put it before time, height and width
+    return value
+
+
+def _tells(name: str, value: Any, ids: Tensor, row_length: int) -> bool:
+    """Whether `value` has the type, device and shape with which :func:`noise_magnitude` takes it as `name` of `ids`."""
+    if not isinstance(value, Tensor) or value.device != ids.device:
+        return False
+    if name == "cu_seq_lens":
+        return ids.numel() == ids.shape[-1] and value.ndim == 1 and 2 <= value.shape[0] <= row_length + 1
+    if value.ndim == 0 or value.shape[-1] not in (ids.shape[-1], row_length):
+        return False
+    rows = ids.shape[:-1]
+    return value.shape[:-1] == rows or (name == "position_ids" and broadcasts(value.shape[:-1], rows))
+
+
+def _described(name: str, value: Any, ids: Tensor) -> str:
+    if not isinstance(value, Tensor):
+        return f"{name} of type {type(value).__name__}"
+    where = "" if value.device == ids.device else f" on {value.device}, not on {ids.device},"
+    return f"{name} of shape {list(value.shape)}{where}"

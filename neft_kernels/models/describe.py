@@ -1,0 +1,106 @@
+"""Is it on? Which embeddings of a model are noisy, how, and why not."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from neft_kernels.models.embedding import NEFTuneEmbedding, is_wrapper
+from neft_kernels.models.noise import EmbeddingNoise
+from neft_kernels.models.replace import noisy_modules
+from neft_kernels.ops.backends import choose_backend
+
+__all__ = ["EmbeddingReport", "Report", "describe"]
+
+
+MISSED = "the last pass in training reached no noisy embedding"
+
+
+@dataclass(frozen=True)
+class EmbeddingReport:
+    """One noisy embedding, as :func:`describe` found it."""
+
+    name: str
+    module: str  # class of the module
+    strategy: str  # "fused": one kernel; "add_noise": the module's own forward, then the noise
+    alpha: float
+    scale_by: str
+    noise_on: str
+    stream: int | None  # None: that of the process's replica
+    backend: str
+    state: str  # "on", or why there is no noise at this moment
+    last_magnitude: tuple[float, float] | None  # of the last noisy batch: smallest and largest, over tokens with noise
+    note: str  # why the noise, of the last batch or at all, is not what was asked for
+
+    def __str__(self) -> str:
+        if self.last_magnitude is None:
+            last = "no batch with noise yet (those of compiled models are not noted)"
+        elif self.last_magnitude[0] == self.last_magnitude[1]:
+            last = f"last batch within +-{self.last_magnitude[1]:.3g}"
+        else:
+            last = f"last batch within +-{self.last_magnitude[0]:.3g} to {self.last_magnitude[1]:.3g} by sequence"
+        tokens = "" if self.noise_on == "all" else f" on the {self.noise_on}"
+        stream = "of this replica" if self.stream is None else self.stream
+        return (
+            f"{self.name} ({self.module}): noise {self.state}; alpha={self.alpha:g} by {self.scale_by}{tokens}, "
+            f"{self.strategy} on backend {self.backend!r}, stream {stream}; {last}"
+            + (f" [{self.note}]" if self.note else "")
+        )
+
+
+class Report(tuple[EmbeddingReport, ...]):
+    """The noisy embeddings of a model; ``str()`` of it is for people."""
+
+    def __str__(self) -> str:
+        return (
+            "\n".join(map(str, self)) or "no noisy embeddings: replace_embeddings(model) was not called, or was undone"
+        )
+
+
+def describe(model: nn.Module) -> Report:
+    """Which embeddings of `model` are noisy, how, and whether the noise is on at this moment. Waits for the device.
+
+    Of several embeddings that share a table, those that were never called are left out once another one was called. T5 names
+    its `shared` table, but calls those of its encoder and its decoder.
+    """
+    noisy = list(noisy_modules(model))
+    called = {table for _, module, noise in noisy if noise.last_magnitude is not None for table in module.parameters()}
+    return Report(
+        _report(name, module, noise)
+        for name, module, noise in noisy
+        if noise.last_magnitude is not None or called.isdisjoint(module.parameters())
+    )
+
+
+def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
+    model, options = noise.model, noise.model.options
+    state = noise.state(module)
+    return EmbeddingReport(
+        name=name or "(the model itself)",
+        module=type(module).__name__,
+        strategy="fused" if _is_fused(module, noise) else "add_noise",
+        alpha=model.alpha.now(),
+        scale_by=options.scale_by,
+        noise_on=options.noise_on,
+        stream=options.stream,
+        backend=choose_backend(noise.last_device or _device_type(module), options.backend),
+        state="off: alpha is 0" if state == "on" and model.alpha.now() == 0 else state,
+        last_magnitude=noise.bounds(),
+        note="; ".join(
+            filter(None, (noise.standing_note, noise.note, model.warning, MISSED if model.coverage.missed else ""))
+        ),
+    )
+
+
+def _is_fused(module: nn.Module, noise: EmbeddingNoise) -> bool:
+    if not isinstance(module, NEFTuneEmbedding):
+        return False
+    return not is_wrapper(module.weight) if noise.was_fused is None else noise.was_fused
+
+
+def _device_type(module: nn.Module) -> str:
+    """Where `module` runs: accelerate moves a table that it keeps elsewhere there for its forward."""
+    where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if where is None:
+        where = next((parameter.device for parameter in module.parameters()), "cpu")
+    return torch.device(where).type

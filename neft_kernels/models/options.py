@@ -1,0 +1,114 @@
+"""What the user chooses: the options of the noise, and alpha as a number or a schedule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from neft_kernels.models.sharding import SEQUENCE_LAYOUTS, check_group
+from neft_kernels.ops.backends import BACKENDS
+from neft_kernels.ops.checks import check_alpha, check_choice
+from neft_kernels.ops.magnitude import NOISE_ON, SCALES
+
+if TYPE_CHECKING:
+    from neft_kernels.models.sharding import Group
+
+__all__ = ["AlphaSchedule", "NoiseOptions"]
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """The options of :func:`neft_kernels.replace_embeddings`, which documents them. They do not change during a run.
+
+    Raises:
+        TypeError, ValueError: an option has a wrong type or value. The message names it.
+    """
+
+    scale_by: str = "sequence"
+    noise_on: str = "all"
+    stream: int | None = None
+    backend: str | None = None
+    sequence_group: "Group | None" = None
+    sequence_layout: str = "contiguous"
+    under_no_grad: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("scale_by", self.scale_by, SCALES)
+        check_choice("noise_on", self.noise_on, NOISE_ON)
+        if self.stream is not None and (isinstance(self.stream, bool) or not isinstance(self.stream, int)):
+            raise TypeError(f"stream must be an int or None, not {type(self.stream).__name__}")
+        if self.stream is not None and not 0 <= self.stream < 1 << 32:
+            raise ValueError(f"stream must be None or in [0, 2**32), not {self.stream}")
+        if self.backend is not None:
+            check_choice("backend", self.backend, BACKENDS)
+        check_choice("sequence_layout", self.sequence_layout, SEQUENCE_LAYOUTS)
+        if self.sequence_group is not None:
+            check_group("sequence_group", self.sequence_group)
+        elif self.sequence_layout != "contiguous":
+            raise ValueError(f"sequence_layout={self.sequence_layout!r} needs a sequence_group")
+        if not isinstance(self.under_no_grad, bool):
+            raise TypeError(f"under_no_grad must be a bool, not {type(self.under_no_grad).__name__}")
+
+
+class AlphaSchedule:
+    """Alpha at the current step: a number, or a function of the step.
+
+    Raises:
+        TypeError, ValueError: `value`, or what it returns for step 0, is not a number >= 0.
+    """
+
+    def __init__(self, value: float | Callable[[int], float]) -> None:
+        self.value = value
+        #: Whether `value` is a function. An attribute, so that a compiled graph does not depend on `value` itself.
+        self.is_function = callable(value)
+        #: The number of forward passes in training before this one, or the step that NEFTuneCallback or set_alpha gave.
+        self.step = 0
+        self.counts_passes, self.has_begun = True, False
+        #: Alpha for compiled graphs once it has been set at run time, float64. A number would be a constant of the graph.
+        self.tensor: Tensor | None = None
+        if callable(value):
+            self.set(value)
+        else:
+            check_alpha(value)
+
+    def set(self, value: float | Callable[[int], float], step: int | None = None) -> None:
+        """Changes alpha. `step` is the step that a schedule is at until the next call; None counts forward passes."""
+        at = self.step if step is None else step
+        now = value(at) if callable(value) else value
+        check_alpha(now)
+        self.value, self.is_function = value, callable(value)
+        self.step, self.counts_passes, self.has_begun = at, step is None, self.has_begun and step is None
+        if self.tensor is None:
+            self.tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.tensor.fill_(now)
+
+    def count_pass(self) -> None:
+        """A forward pass in training begins: moves a schedule to its step."""
+        if self.counts_passes:
+            self.step += self.has_begun
+            self.has_begun = True
+
+    def now(self) -> float:
+        """Alpha at the current step. Raises as the constructor does if the schedule returns no number >= 0."""
+        if not callable(self.value):
+            return self.value
+        alpha = self.value(self.step)
+        check_alpha(alpha)
+        return alpha
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether this is a schedule over forward passes, which only run outside of compiled graphs."""
+        return self.is_function and self.counts_passes
+
+    def is_always_zero(self) -> bool:
+        """Whether alpha is the number 0 and never was set at run time, so that compiled graphs may depend on it."""
+        return self.tensor is None and self.value == 0
+
+    def copy(self) -> "AlphaSchedule":
+        """A schedule of its own at the same step."""
+        twin = AlphaSchedule.__new__(AlphaSchedule)
+        twin.__dict__.update(self.__dict__, tensor=None if self.tensor is None else self.tensor.clone())
+        return twin

@@ -1,0 +1,215 @@
+"""Puts noise into the embeddings of a model, and takes it out again.
+
+A plain ``nn.Embedding`` becomes a :class:`NEFTuneEmbedding` by a change of its class, in place. The module, its name, hooks,
+parameters and ties stay what they are. Any other embedding (scaled, wrapped, quantised ...) keeps its own forward, and a
+forward hook adds the noise to its output. Hooks on the modules around the embeddings read the batch, see
+:mod:`neft_kernels.models.passes`.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from neft_kernels.models.embedding import NEFTuneEmbedding, NoiseHook
+from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, token_embeddings
+from neft_kernels.models.noise import EmbeddingNoise
+from neft_kernels.models.options import AlphaSchedule, NoiseOptions
+from neft_kernels.models.passes import BatchHook, modules_around
+from neft_kernels.models.state import ModelNoise
+from neft_kernels.ops.backends import choose_backend, logger
+
+if TYPE_CHECKING:
+    from neft_kernels.models.sharding import Group
+
+__all__ = ["no_noise", "noisy_modules", "replace_embeddings", "restore_embeddings", "set_alpha"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def replace_embeddings(
+    model: Model,
+    alpha: float | Callable[[int], float] = 5.0,
+    *,
+    scale_by: str = "sequence",
+    noise_on: str = "all",
+    stream: int | None = None,
+    backend: str | None = None,
+    sequence_group: "Group | None" = None,
+    sequence_layout: str = "contiguous",
+    under_no_grad: bool = False,
+) -> Model:
+    """Makes the token embeddings of `model` noisy while it trains (NEFTune, arXiv 2310.05914), in place.
+
+    There is noise in training mode with gradients enabled, unless the model is generating; everything else is the untouched
+    embedding. ``state_dict``, parameters, ties and names do not change. On a model whose embeddings are noisy already, the
+    new settings replace the old ones.
+
+    Args:
+        model: a transformers model, a PEFT model, or any module with ``get_input_embeddings()`` or one ``nn.Embedding``.
+        alpha: NEFTune's noise scale, >= 0; 5 to 15 in the paper. A callable is a schedule: it is given the number of forward
+            passes in training so far, or the Trainer's global step under :class:`neft_kernels.NEFTuneCallback`, and returns
+            alpha. :func:`set_alpha` changes it at any time.
+        scale_by: "sequence" scales by each sequence's true length, from ``attention_mask``, ``position_ids`` or
+            ``cu_seq_lens_q`` where the model is given them, and leaves padding alone; "batch" scales by the padded length,
+            as the Hugging Face hook does.
+        noise_on: "all" tokens, or those of the "prompt" or of the "completion" only, as the ``labels`` that the model is
+            given tell them apart (-100 is prompt); decoder-only models.
+        stream: which of the noise streams under one seed; None: one for each data-parallel replica, so that replicas that are
+            seeded alike draw different noise: the rank of this process, or the smallest one of its tensor- and
+            sequence-parallel ranks.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the embedding's device.
+        sequence_group: for sequence and context parallelism, the process group, or mesh of one dimension, whose ranks hold the
+            parts of the same sequences. Their tokens are numbered in the whole sequences and scaled by the whole lengths.
+        sequence_layout: which part: "contiguous", rank r of n holds the r-th of n equal parts; "head_tail", the r-th of 2n
+            from the front and the r-th from the back, as torch's and accelerate's context parallelism have it.
+        under_no_grad: True adds noise in training mode also where gradients are disabled. For methods that run a pass
+            twice under one state of the random number generator, first without gradients: GradCache, the cached losses of
+            sentence-transformers, reentrant activation checkpointing around the embedding. Both passes then have the same
+            noise. The default leaves the reference and rollout passes of DPO, KTO and GRPO without noise.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value, or `model` has no token embeddings that can be made
+            noisy; the model is then unchanged.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    options = NoiseOptions(scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad)
+    noise = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
+    embeddings, note = token_embeddings(model)
+    if noise_on != "all" and is_encoder_decoder(model):
+        raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
+    if backend is not None:
+        for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
+            choose_backend(device, backend)
+
+    names = {module: name for name, module in model.named_modules()}
+    before = _noise_of(model)
+    _check_unshared(model, before)
+    noise.pause(max([each.paused for each in before] + [_paused.get(module, 0) for module in names], default=0))
+
+    restore_embeddings(model)
+    for module in embeddings:
+        _put_in(module, EmbeddingNoise(noise, names[module], note))
+    logger.info("%s: noise goes into %s", type(model).__name__, ", ".join(names[module] for module in embeddings))
+    if note:
+        logger.warning("%s: %s", type(model).__name__, note)
+    for module in modules_around(model, embeddings):
+        BatchHook(noise, module).attach(module)
+    return model
+
+
+def _check_unshared(model: nn.Module, noise: list[ModelNoise]) -> None:
+    """No embedding of `model` is noisy as a part of another model, whose batches its noise is scaled by."""
+    inside = set(model.modules())
+    for around in (around for each in noise for around in each.around):
+        if around not in inside and model not in around.modules():
+            raise ValueError(
+                f"model shares an embedding with a {type(around).__name__} that is noisy already; call restore_embeddings() "
+                "on that one first, or replace_embeddings() on a module that holds both"
+            )
+
+
+def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
+    if is_plain(module):
+        module.__class__ = NEFTuneEmbedding
+        module.noise = noise  # type: ignore[assignment]
+    elif isinstance(module, NEFTuneEmbedding):
+        module.noise = noise
+    else:
+        NoiseHook(noise).attach(module)
+        for part in module.modules():
+            if isinstance(part, NEFTuneEmbedding):  # built by the user; the hook around it adds the noise now
+                part.noise = None
+    noise.warn_of_other_noise(module)
+
+
+def restore_embeddings(model: Model) -> Model:
+    """Undoes :func:`replace_embeddings`; a model that it did not touch stays as it is. Returns `model` itself."""
+    check_model(model)
+    for module in model.modules():
+        _take_out(module)
+    return model
+
+
+def _take_out(module: nn.Module) -> None:
+    """Undoes :func:`_put_in` and the hooks around. A module without noise stays as it is."""
+    if isinstance(module, NEFTuneEmbedding):
+        if type(module) is NEFTuneEmbedding and not {"built_in_noise", "forward"} & module.__dict__.keys():
+            module.__class__ = nn.Embedding  # type: ignore[assignment]
+            del module.noise
+        else:
+            # The user built it noisy. Or it has since been given a class derived from ours, as by fully_shard(), or a forward
+            # of its own around ours, as by accelerate.
+            module.noise = module.__dict__.get("built_in_noise")
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, BatchHook):
+                owner.noise.around.discard(module)
+            if isinstance(owner, (NoiseHook, BatchHook)):
+                for registry in (
+                    hooks,
+                    module._forward_hooks_always_called,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_pre_hooks_with_kwargs,
+                ):
+                    registry.pop(key, None)
+
+
+def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, EmbeddingNoise]]:
+    """Name, module and noise of each noisy embedding."""
+    check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, NEFTuneEmbedding) and module.noise is not None:
+            yield name, module, module.noise
+        for hook in module._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, NoiseHook):
+                yield name, module, owner.noise
+
+
+def _noise_of(model: nn.Module) -> list[ModelNoise]:
+    """The noise of all noisy embeddings of `model`, each once."""
+    return list({id(noise.model): noise.model for _, _, noise in noisy_modules(model)}.values())
+
+
+@contextlib.contextmanager
+def no_noise(model: nn.Module) -> Iterator[None]:
+    """Within this context the embeddings of `model` are the plain ones, in training mode too."""
+    _paused[model] = _paused.get(model, 0) + 1
+    before = _noise_of(model)
+    try:
+        for each in before:
+            each.pause(1)
+        yield
+    finally:
+        _paused[model] -= 1
+        for each in {*before, *_noise_of(model)}:
+            each.pause(-1)
+
+
+#: Models that are inside of no_noise(), so often: replace_embeddings() may be called there.
+_paused: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: int | None = None) -> None:
+    """Changes alpha of the noisy embeddings of `model`; a compiled model is compiled again at most once for it.
+
+    Args:
+        model: a model that :func:`replace_embeddings` made noisy.
+        alpha: the new noise scale, >= 0, or a schedule of the step.
+        step: the step that a schedule is at, until it is told again; None: forward passes are counted.
+
+    Raises:
+        TypeError, ValueError: `alpha` is no number >= 0, or `model` has no noisy embeddings.
+    """
+    found = _noise_of(model)
+    if not found:
+        raise ValueError("model has no noisy embeddings; call replace_embeddings(model) first")
+    for each in found:
+        each.alpha.set(alpha, step)

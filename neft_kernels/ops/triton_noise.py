@@ -1,0 +1,298 @@
+"""The noise contract on GPUs, as one Triton kernel: gather, draw, scale, add and round in a single pass over the rows.
+
+A Philox call gives 16 bytes of random words: the noise of 8 columns in half precision, of 4 in fp32 and of 2, twice over,
+in fp64. So the unit of work is a vector of 16 bytes of a row, which is also the widest load and store of a GPU thread:
+what a thread draws is what it adds to what it has loaded, nothing moves between threads, and no shared memory is used.
+
+A program writes a tile of ``ROWS`` tokens by ``VECTORS`` vectors. The arithmetic is that of
+:mod:`neft_kernels.ops.reference`, and the kernel is launched without floating-point fusion, because the product and the sum
+round separately. ``tools/check_gpu.py`` looks at the machine code for all of this.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
+
+__all__ = ["add_noise", "noisy_embedding"]
+
+# Of a program: four vectors for each thread. benchmarks/tune_gpu.py tries others.
+TILE_VECTORS = 512
+NUM_WARPS = 4
+# Of a thread. With no bound ptxas saves registers: it loads three of the four vectors only once the first one is done.
+MAX_REGISTERS = 80
+MAX_GRID_Y = 65535
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _multiply_wide(factor: tl.constexpr, word):
+    """The halves of the 64-bit product of two words: one instruction, where tl.umulhi and * are two."""
+    product = word.to(tl.uint64) * factor
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def _philox4x32(c0, c1, c2, c3, k0, k1):
+    ROUNDS: tl.constexpr = 10
+    MULTIPLIER_0: tl.constexpr = 0xD2511F53  # Salmon et al. 2011, table 2
+    MULTIPLIER_1: tl.constexpr = 0xCD9E8D57
+    WEYL_0: tl.constexpr = 0x9E3779B9  # golden ratio
+    WEYL_1: tl.constexpr = 0xBB67AE85  # sqrt(3) - 1
+    for _ in tl.static_range(ROUNDS):
+        hi0, lo0 = _multiply_wide(MULTIPLIER_0, c0)
+        hi1, lo1 = _multiply_wide(MULTIPLIER_1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0 = (k0.to(tl.uint64) + WEYL_0).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + WEYL_1).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _uniform(tokens, vectors, seed, stream, dtype: tl.constexpr):  # [R], [V] -> [R, V * columns of a vector]
+    # The counter's words broadcast against each other, so what depends on the token alone is computed once a token.
+    token, vector = tokens[:, None], vectors[None, :]
+    block = vector // 2 if dtype == tl.float64 else vector
+    c0, c1, c2, c3 = _philox4x32(
+        block.to(tl.uint32),
+        token.to(tl.uint32),
+        (token >> 32).to(tl.uint32),
+        stream.to(tl.uint32),
+        seed.to(tl.uint32),
+        (seed >> 32).to(tl.uint32),
+    )
+    # Joining puts the new axis last, so the words are joined high bit first to come out in column order.
+    if dtype == tl.float64:
+        odd = vector % 2 == 1
+        words = tl.join(tl.where(odd, c2, c0), tl.where(odd, c3, c1))
+    else:
+        words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+    if dtype.primitive_bitwidth == 16:
+        halves = tl.join(words & 0xFFFF, words >> 16)  # low half first
+        u = tl.fma(halves.to(tl.float32), 2.0**-15, 2.0**-16 - 1)  # exact, so nothing is lost by fusing
+    else:
+        u = ((words.to(tl.int32, bitcast=True) >> 8) | 1).to(tl.float32) * 2.0**-23
+    return tl.reshape(u, [tokens.shape[0], vectors.shape[0] * (128 // dtype.primitive_bitwidth)])
+
+
+@triton.jit
+def _widen(value):
+    # Shifting bf16 into place is one instruction less than .to(), whose interpreted version flushes subnormals besides.
+    if value.dtype == tl.bfloat16:
+        wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
+    return wide
+
+
+@triton.jit
+def _round_to(value, dtype: tl.constexpr):
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter's .to() truncates
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = value.to(dtype)
+    return rounded
+
+
+# Nothing is specialized on the values of numbers: what the code may depend on is in the constants.
+@triton.jit(do_not_specialize=range(5, 13))
+def noisy_rows_kernel(
+    out,  # [T, D], contiguous
+    rows,  # [num_rows, D]
+    input_ids,  # [T], contiguous: the row of each token; None: row t for token t
+    seed,  # [1]
+    token_magnitude,  # [T], contiguous; None: every token gets `magnitude`
+    magnitude,
+    stream,
+    first_token,
+    num_tokens,
+    num_rows,
+    embedding_dim,  # in units, as the stride of the rows
+    row_stride,
+    column_stride,
+    UNIT: tl.constexpr,  # columns that a row and the distance between rows are a multiple of
+    CONTIGUOUS: tl.constexpr,  # columns lie side by side
+    ROWS: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    dtype: tl.constexpr = out.dtype.element_ty
+    COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
+    embedding_dim = embedding_dim.to(tl.int64) * UNIT
+    row_stride = row_stride.to(tl.int64) * UNIT
+    if CONTIGUOUS:
+        column_stride = 1
+
+    tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column_tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    vectors = column_tile * VECTORS + tl.arange(0, VECTORS)
+    first_column = column_tile.to(tl.int64) * COLUMNS
+    columns = tl.arange(0, COLUMNS)  # from the first one of the tile
+    is_token = tokens < num_tokens
+    inside = is_token[:, None] & (columns < tl.minimum(embedding_dim - first_column, COLUMNS).to(tl.int32))[None, :]
+
+    if token_magnitude is None:
+        m = tl.full([ROWS], magnitude, tl.float32)
+    else:
+        m = tl.load(token_magnitude + tokens, mask=is_token, other=0.0)
+    if input_ids is None:
+        row = tokens
+    else:
+        # An id that is out of range reads row 0 and makes it NaN.
+        row = tl.load(input_ids + tokens, mask=is_token, other=0).to(tl.int64)
+        valid = row.to(tl.uint64) < num_rows.to(tl.uint64)
+        row = tl.where(valid, row, 0)
+        m = tl.where(valid, m, float("nan"))
+    m = m[:, None]
+
+    source = (rows + row * row_stride + first_column * column_stride)[:, None]
+    w = tl.load(source + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
+    u = _uniform(first_token + tokens, vectors, tl.load(seed), stream, dtype)
+    wide = _widen(w)
+    noisy = _round_to(wide + m.to(wide.dtype) * u.to(wide.dtype), dtype)
+
+    # Each row is stored once. Two stores cost less than a choice between their values, element by element.
+    target = (out + tokens * embedding_dim + first_column)[:, None] + columns[None, :]
+    tl.store(target, noisy, mask=inside & (m != 0))
+    tl.store(target, w, mask=inside & (m == 0))
+
+
+@functools.lru_cache(maxsize=64)
+def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, int]]:
+    """ROWS, VECTORS and the rest of the grid: the widest tile among those that leave the fewest threads without work."""
+    vectors_of_row = -(-embedding_dim * element_size // 16)
+    if vectors_of_row <= 32:
+        vectors = triton.next_power_of_2(vectors_of_row)
+    else:
+        halved = (TILE_VECTORS >> times for times in range(TILE_VECTORS.bit_length()))
+        widths = [width for width in halved if width >= 32]
+        vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
+    column_tiles = -(-vectors_of_row // vectors)
+    return TILE_VECTORS // vectors, vectors, (min(column_tiles, MAX_GRID_Y), -(-column_tiles // MAX_GRID_Y))
+
+
+#: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple,
+    numbers: tuple[int | float, ...],
+    *constants: Any,
+    max_registers: int | None = None,
+) -> None:
+    """Launches a kernel of `tensors`, `numbers` and `constants`. `max_registers` of a thread, on NVIDIA's GPUs, must follow
+    from the constants.
+
+    A compiled kernel is kept here, because Triton's own look-up takes longer than the launch. Triton says what the code
+    depends on, which differs by backend: types, alignment, on AMD also whether 32 bits address all of a tensor. Triton's
+    knobs, and its hooks that run before a kernel, count as they were when the kernel was first launched.
+    """
+    arguments = (*tensors, *numbers, *constants)
+    with _device_of(tensors[0]):
+        options: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+        if _INTERPRETED:
+            kernel[grid](*arguments, **options)
+            return
+        device = driver.active.get_current_device()
+        *_, target, _, bind = kernel.device_caches[device]
+        _, specialization, _ = bind(*arguments)
+        key = (kernel.fn, device, *specialization)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments)
+            return
+        if max_registers is not None and target.backend == "cuda":
+            options["maxnreg"] = max_registers
+        compiled = kernel[grid](*arguments, **options)
+        if compiled is not None:  # None: a hook of Triton's compiles it elsewhere
+            # Triton's asynchronous mode returns a promise of the kernel.
+            _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the GPU of `tensor` the current one, where it is another."""
+    if tensor.is_cuda:
+        index = tensor.get_device()
+        return contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)
+    return torch.xpu.device(tensor.get_device()) if tensor.is_xpu else contextlib.nullcontext()
+
+
+def _noisy_rows(
+    out: Tensor,  # [..., D], contiguous
+    rows: Tensor,  # [num_rows, D]
+    input_ids: Tensor | None,
+    seed: Tensor,
+    token_magnitude: Tensor | None,
+    magnitude: float,
+    stream: int,
+    first_token: int,
+) -> Tensor:
+    num_rows, embedding_dim = rows.shape
+    num_tokens = num_rows if input_ids is None else input_ids.numel()
+    if num_tokens == 0 or embedding_dim == 0:
+        return out
+    if num_rows == 0:
+        return out.fill_(float("nan"))
+    tensors = (
+        out,
+        rows,
+        None if input_ids is None else input_ids.contiguous(),
+        seed,
+        None if token_magnitude is None else token_magnitude.contiguous(),
+    )
+    row_stride, column_stride = rows.stride()
+    columns_of_vector = 16 // rows.element_size()
+    is_aligned = (
+        column_stride == 1
+        and embedding_dim % columns_of_vector == 0
+        and row_stride % columns_of_vector == 0
+        and out.data_ptr() % 16 == 0
+        and rows.data_ptr() % 16 == 0
+    )
+    unit = columns_of_vector if is_aligned else 1
+    rows_of_tile, vectors, grid = _tile(embedding_dim, rows.element_size())
+    numbers = (
+        *(magnitude, stream, first_token, num_tokens, num_rows),
+        *(embedding_dim // unit, row_stride // unit, column_stride),
+    )
+    launch_grid = (-(-num_tokens // rows_of_tile), *grid)
+    constants = (unit, column_stride == 1, rows_of_tile, vectors)
+    launch(
+        noisy_rows_kernel, launch_grid, tensors, numbers, *constants, max_registers=MAX_REGISTERS if unit > 1 else None
+    )
+    return out
+
+
+def noisy_embedding(
+    input_ids: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    token_magnitude: Tensor | None,
+    magnitude: float,
+    stream: int,
+    first_token: int,
+) -> Tensor:
+    """See :func:`neft_kernels.ops.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
+    out = weight.new_empty((*input_ids.shape, weight.shape[1]))
+    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token)
+
+
+def add_noise(
+    embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, stream: int, first_token: int
+) -> Tensor:
+    """See :func:`neft_kernels.ops.reference.add_noise`."""
+    out = embeds.new_empty(embeds.shape)
+    if out.numel() == 0:
+        return out
+    rows = embeds.reshape(-1, embeds.shape[-1])
+    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token)

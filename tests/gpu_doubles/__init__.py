@@ -1,0 +1,1 @@
+"""What stands in for a GPU; README.md says what each part proves."""
