@@ -120,25 +120,23 @@ def test_ids_out_of_range_make_their_rows_nan_and_read_nothing(dtype):
 def test_magnitudes_of_more_than_two_to_the_31_tokens():
     """The last of 2**20 + 1 rows of 2**11 tokens, of which memory has that one."""
     length, row = 1 << 11, 1 << 20
-    mask = (torch.arange(length) < 700).long()
-    out, scratch = torch.empty(length), torch.empty(length, dtype=torch.int32)
-    counts = torch.zeros(length + 1, dtype=torch.int32)
-    gpu.blocks = [row]
-    try:
-        triton_magnitude.token_magnitude_kernel[(row + 1, 1, 1)](
-            Window(out, row * length, 1 << 44),
-            Window(counts, row * (length + 1), 1 << 45),
-            Window(scratch, row * length, 1 << 46),
-            Window(mask, row * length, 1 << 47),
-            None,
-            *(0, 0x40140000, 64, length),  # alpha 5.0
-            1024,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    finally:
-        gpu.blocks = None
-    assert torch.equal(out, triton_magnitude.token_magnitude(mask, None, 5.0, 64))
+    mask, positions = (torch.arange(length) < 1700).long(), torch.arange(length) % 700
+    for case in ((mask, None), (None, positions), (mask, positions)):
+        out = torch.empty(length)
+        gpu.blocks = [row, 2 * row + 1]  # both tiles
+        try:
+            triton_magnitude.token_magnitude_kernel[(row + 1, 2, 1)](
+                Window(out, row * length, 1 << 44),
+                *(each if each is None else Window(each, row * length, (46 + i) << 40) for i, each in enumerate(case)),
+                *(0, 0x40140000, 64, length),  # alpha 5.0
+                1024,
+                1024,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+        finally:
+            gpu.blocks = None
+        assert torch.equal(out, triton_magnitude.token_magnitude(*case, 5.0, 64))
 
 
 def test_fusing_is_noticed():
@@ -166,18 +164,16 @@ def test_magnitudes(length):
         assert (gpu.launches[-1].times_written("out") == 1).all()
 
 
-def additions(launch):
-    """Atomic ones; some versions of Triton ask for the old values as well, which nobody reads."""
-    return launch.traffic.instructions["red"] + launch.traffic.instructions["atom"]
-
-
-def test_plain_masks_count_without_atomic_additions():
-    """Which would all meet at one address; packed rows spread theirs."""
+def test_magnitudes_take_one_launch_that_waits_for_no_other_program():
+    """Neither atomic additions nor memory that has to be zero."""
     mask = (torch.arange(5000) < torch.tensor([[5000], [1700], [1], [0]])).long()
-    triton_magnitude.token_magnitude(mask, None, 5.0, 64)
-    assert additions(gpu.launches[-1]) == 0
-    triton_magnitude.token_magnitude(mask * 3, None, 5.0, 64)
-    assert additions(gpu.launches[-1]) > 0
+    positions = (torch.arange(5000) % 700).expand(4, 5000).contiguous()
+    for case in ((mask, None), (mask * 3, None), (None, positions), (mask, positions)):
+        gpu.launches.clear()
+        triton_magnitude.token_magnitude(*case, 5.0, 64)
+        (launch,) = gpu.launches
+        assert launch.traffic.instructions["red"] + launch.traffic.instructions["atom"] == 0
+        assert (launch.times_written("out") == 1).all()
 
 
 def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):

@@ -235,6 +235,36 @@ def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
         assert torch.equal(got, want), case
 
 
+def test_sequences_that_end_in_another_tile(computed_by, monkeypatch):
+    """Tiles of a few tokens, so that sequences begin and end in any of them, and lie in parts of several."""
+    if computed_by == "triton":
+        from neft_kernels.ops import triton_magnitude
+
+        monkeypatch.setattr(triton_magnitude, "MOST_TOKENS", 8)
+        monkeypatch.setattr(triton_magnitude, "MOST_TOKENS_AT_ONCE", 16)
+    generator = torch.Generator().manual_seed(3)
+    for mean, length in ((2, 61), (20, 61), (100, 64), (7, 8), (3, 17)):
+        starts = (torch.rand(6, length, generator=generator) < 1 / mean).long()
+        numbers = starts.cumsum(-1)
+        positions = torch.arange(length) - (torch.arange(length) * starts).cummax(-1).values
+        ends = torch.randint(length + 1, (6, 1), generator=generator)
+        padded = torch.arange(length) >= ends
+        shuffled = torch.randperm(length + 1, generator=generator)[numbers]  # the numbers in any order
+        holes = torch.rand(6, length, generator=generator) < 0.3
+        cases = [
+            {"attention_mask": each.masked_fill(padded, 0)}
+            for each in (numbers + 1, shuffled, holes.long(), numbers % 3)
+        ]
+        cases += [{"position_ids": each} for each in (positions, positions.masked_fill(padded, 0), positions.flip(-1))]
+        cases += [{"position_ids": positions, "attention_mask": each.long()} for each in (~padded, holes, padded)]
+        for case in cases:
+            got = noise_magnitude(ids(6, length), 48, 7.3, **case)
+            with monkeypatch.context() as patched:
+                patched.setattr(magnitude_module, "magnitude_kernel", lambda *_: None)
+                want = noise_magnitude(ids(6, length), 48, 7.3, **case)
+            assert torch.equal(got, want), case
+
+
 def test_every_bit_of_alpha_counts():
     """The words that kernels get it in have their highest bits set, or not."""
     mask = torch.tensor([[1, 1, 0]])

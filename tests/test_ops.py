@@ -239,11 +239,36 @@ def test_what_is_asked_for_comes_before_what_is_preferred(machine):
         choose_backend("cpu")
 
 
-def test_on_any_other_device_it_is_the_reference(machine):
+def test_on_any_other_device_it_is_the_reference_with_a_warning(machine, caplog):
+    """Which is slower there too than the hook that the package replaces."""
     machine(**ALL)
+    choose_backend("mps", "reference")
+    assert not caplog.records
+    choose_backend("mps")
+    (record,) = caplog.records
+    assert (record.levelname, record.message) == (
+        "WARNING",
+        "backend 'reference' for mps tensors: plain torch; slow; there is no kernel for mps devices",
+    )
     assert choose_backend("mps") == choose_backend("mps", "reference") == "reference"
     with pytest.raises(RuntimeError, match=r"backend='cpu' runs on cpu tensors, not on mps ones \(avx2\)"):
         choose_backend("mps", "cpu")
+
+
+@pytest.mark.parametrize(("vendors", "expected"), [(("nvidia", "intel"), "triton"), (("nvidia", "amd"), "reference")])
+def test_triton_serves_intel_gpus_where_it_says_that_it_can(machine, monkeypatch, caplog, vendors, expected):
+    machine(triton=True)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_triton_has", lambda vendor: vendor in vendors)
+    assert choose_backend("xpu") == expected
+    assert [record.levelname for record in caplog.records] == (["WARNING"] if expected == "reference" else [])
+    assert magnitude_kernel("xpu", None) is OVERLOADS["token_magnitude"].get(expected)
+    assert ("xpu" in available_backends()[0].devices) == (expected == "triton")
+
+
+def test_what_triton_compiles_for():
+    assert backends._triton_has("nvidia")
+    assert not backends._triton_has("no such vendor")
 
 
 def test_only_the_automatic_choice_is_logged(machine, caplog):

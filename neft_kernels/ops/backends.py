@@ -17,7 +17,8 @@ __all__ = ["BACKENDS", "Backend", "available_backends", "choose_backend", "exten
 logger = logging.getLogger("neft_kernels")
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")  # in order of preference
-_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by device type
+#: By device type, the backends that are better than the reference.
+_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}
 
 
 @dataclass
@@ -82,15 +83,25 @@ def available_backends() -> list[Backend]:
     return found
 
 
+@functools.cache
+def _triton_has(vendor: str) -> bool:
+    """Whether the installed Triton compiles for GPUs of `vendor`. This imports Triton, so it is asked last."""
+    from triton.backends import backends
+
+    return vendor in backends
+
+
 def devices_of(backend: str) -> tuple[str, ...]:
     """The device types that `backend` runs on here. torch.compile traces this."""
-    accelerators = ("cuda",) if torch.cuda.is_available() else ()
+    cuda = ("cuda",) if torch.cuda.is_available() else ()
+    xpu = ("xpu",) if torch.xpu.is_available() else ()
     if backend == "reference":
-        return ("cpu", *accelerators)  # and on any other device
+        return ("cpu", *cuda, *xpu)  # and on any other device
     if backend in extensions:
-        return (("cpu",) if backend == "cpu" else accelerators) if extensions[backend][0] is not None else ()
+        return (("cpu",) if backend == "cpu" else cuda) if extensions[backend][0] is not None else ()
     if not TRITON_INSTALLED:
         return ()
+    accelerators = (*cuda, *(xpu if xpu and _triton_has("intel") else ()))
     return ("cpu", *accelerators) if switches.interpret_triton else accelerators
 
 
@@ -135,11 +146,18 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
     if choice is None:
         choice = _chosen[device_type, backend] = _choose(device_type, backend)
         if backend is None:
-            is_slow = choice == "reference" and switches.backend is None and device_type in _KERNELS
-            why_not = "".join(f"; {name}: {_detail(name)}" for name in _KERNELS[device_type]) if is_slow else ""
+            is_slow = choice == "reference" and switches.backend is None and device_type != "meta"
+            why_not = _why_no_kernel(device_type) if is_slow else ""
             log = logger.warning if is_slow else logger.info
             log("backend %r for %s tensors: %s%s", choice, device_type, _detail(choice), why_not)
     return choice
+
+
+def _why_no_kernel(device_type: str) -> str:
+    kernels = _KERNELS.get(device_type)
+    if kernels is None:
+        return f"; there is no kernel for {device_type} devices"
+    return "".join(f"; {name}: {_detail(name)}" for name in kernels)
 
 
 def _choose(device_type: str, asked_for: str | None) -> str:

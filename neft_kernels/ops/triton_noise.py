@@ -26,7 +26,7 @@ TILE_VECTORS = 512
 NUM_WARPS = 4
 # Of a thread. With no bound ptxas saves registers: it loads three of the four vectors only once the first one is done.
 MAX_REGISTERS = 80
-_MAX_GRID_Y = 65535
+MAX_GRID_Y = 65535
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -175,7 +175,7 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
         widths = [width for width in halved if width >= 32]
         vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
     column_tiles = -(-vectors_of_row // vectors)
-    return TILE_VECTORS // vectors, vectors, (min(column_tiles, _MAX_GRID_Y), -(-column_tiles // _MAX_GRID_Y))
+    return TILE_VECTORS // vectors, vectors, (min(column_tiles, MAX_GRID_Y), -(-column_tiles // MAX_GRID_Y))
 
 
 #: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
