@@ -278,7 +278,7 @@ def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, 
     assert tune_gpu._compiled_for.keys() == tiles
     for (vectors, warps, registers), kept in tune_gpu._compiled_for.items():
         ((key, compiled),) = kept.items()
-        (_, rows_of_tile), (_, width) = key[-2:]  # Triton's specialization ends with the constants
+        (_, rows_of_tile), (_, width) = key[-2:]  # constants of the kernel
         assert rows_of_tile * width == vectors
         assert (compiled.metadata.num_warps, compiled.metadata.maxnreg) == (warps, registers)
     assert before == constants()

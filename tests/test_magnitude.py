@@ -256,7 +256,14 @@ def test_sequences_that_end_in_another_tile(computed_by, monkeypatch):
             for each in (numbers + 1, shuffled, holes.long(), numbers % 3)
         ]
         cases += [{"position_ids": each} for each in (positions, positions.masked_fill(padded, 0), positions.flip(-1))]
-        cases += [{"position_ids": positions, "attention_mask": each.long()} for each in (~padded, holes, padded)]
+        left = positions.masked_fill(~padded, 1)  # padding, as transformers numbers it
+        cases += [{"position_ids": each} for each in (left, positions.masked_fill(holes, 1))]
+        repeated = positions // 2
+        cases += [
+            {"position_ids": each, "attention_mask": mask.long()}
+            for each in (positions, repeated, 3 * positions)
+            for mask in (~padded, holes, padded)
+        ]
         for case in cases:
             got = noise_magnitude(ids(6, length), 48, 7.3, **case)
             with monkeypatch.context() as patched:

@@ -259,7 +259,7 @@ def test_on_any_other_device_it_is_the_reference_with_a_warning(machine, caplog)
 def test_triton_serves_intel_gpus_where_it_says_that_it_can(machine, monkeypatch, caplog, vendors, expected):
     machine(triton=True)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "_triton_has", lambda vendor: vendor in vendors)
+    monkeypatch.setattr(backends, "triton_has", lambda vendor: vendor in vendors)
     assert choose_backend("xpu") == expected
     assert [record.levelname for record in caplog.records] == (["WARNING"] if expected == "reference" else [])
     assert magnitude_kernel("xpu", None) is OVERLOADS["token_magnitude"].get(expected)
@@ -267,8 +267,8 @@ def test_triton_serves_intel_gpus_where_it_says_that_it_can(machine, monkeypatch
 
 
 def test_what_triton_compiles_for():
-    assert backends._triton_has("nvidia")
-    assert not backends._triton_has("no such vendor")
+    assert backends.triton_has("nvidia")
+    assert not backends.triton_has("no such vendor")
 
 
 def test_only_the_automatic_choice_is_logged(machine, caplog):

@@ -31,12 +31,12 @@ from typing import Any
 from tools.machine_code import MachineCode, disassemble, from_amdgcn
 
 ROOT = Path(__file__).resolve().parent.parent
-TURING = "sm_75"
+TURING = "sm_75"  # T4 and RTX 20; only the CUDA kernels, because Triton keeps fewer loads under way there
 ARCHITECTURES = (80, 90, 100, 120)  # A100; H100 and H200; B200; RTX 5090
-MAIN_TARGETS = (*(f"sm_{architecture}" for architecture in ARCHITECTURES), "gfx942")  # ... and MI300
-#: Triton compiles for these too; of them, one table of each element type is looked at. T4; RTX 3090; RTX 4090; B300; DGX
-#: Spark; MI200; MI350; RX 7900; RX 9070.
-OTHER_TARGETS = ("sm_75", "sm_86", "sm_89", "sm_103", "sm_121", "gfx90a", "gfx950", "gfx1100", "gfx1201")
+MAIN_TARGETS = (TURING, *(f"sm_{architecture}" for architecture in ARCHITECTURES), "gfx942")  # ... and MI300
+#: Triton compiles for these too; of them, one table of each element type is looked at. RTX 3090; RTX 4090; B300; DGX Spark;
+#: MI200; MI350; RX 7900; RX 9070.
+OTHER_TARGETS = ("sm_86", "sm_89", "sm_103", "sm_121", "gfx90a", "gfx950", "gfx1100", "gfx1201")
 TARGETS = (*MAIN_TARGETS, *OTHER_TARGETS)
 QUICK_TARGETS = ("sm_90", "gfx942")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -356,19 +356,20 @@ def main() -> None:
         jobs = []
         if shutil.which("nvcc") and not options.no_nvcc:
             # Those that setup.py builds for.
-            nvidia = [target for target in targets if target.startswith("sm_") and target in (*MAIN_TARGETS, TURING)]
+            nvidia = [target for target in targets if target.startswith("sm_") and target in MAIN_TARGETS]
             sources = [ROOT / "csrc" / "cuda" / f"{op}.cu" for op in ops]
             jobs += [pool.submit(check_cuda, source, nvidia, options.nvcc_flag) for source in sources]
         elif not options.no_nvcc:
             problems.append("nvcc is not on the PATH, so the CUDA kernels WERE NOT CHECKED (--no-nvcc leaves them out)")
         if not options.no_triton:
+            for_triton = [target for target in targets if target != TURING]
             jobs += [
                 pool.submit(check_triton, target, dtype, width, ops, triton_options)
-                for target in targets
+                for target in for_triton
                 for dtype in dtypes
                 for width in options.width or widths_of(target, dtype, options.quick)
             ]
-            magnitudes = [pool.submit(check_magnitude, target) for target in targets if not options.op]
+            magnitudes = [pool.submit(check_magnitude, target) for target in for_triton if not options.op]
             problems += [problem for job in magnitudes for problem in job.result()]
         kernels = [kernel for job in jobs for kernel in job.result()]
     kernels.sort(key=lambda kernel: (kernel.source, targets.index(kernel.target), kernel.op, kernel.unaligned))

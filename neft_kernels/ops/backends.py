@@ -17,8 +17,7 @@ __all__ = ["BACKENDS", "Backend", "available_backends", "choose_backend", "exten
 logger = logging.getLogger("neft_kernels")
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")  # in order of preference
-#: By device type, the backends that are better than the reference.
-_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}
+_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}  # by device type
 
 
 @dataclass
@@ -84,8 +83,8 @@ def available_backends() -> list[Backend]:
 
 
 @functools.cache
-def _triton_has(vendor: str) -> bool:
-    """Whether the installed Triton compiles for GPUs of `vendor`. This imports Triton, so it is asked last."""
+def triton_has(vendor: str) -> bool:
+    """Whether the installed Triton compiles for GPUs of `vendor`. This imports Triton."""
     from triton.backends import backends
 
     return vendor in backends
@@ -101,7 +100,7 @@ def devices_of(backend: str) -> tuple[str, ...]:
         return (("cpu",) if backend == "cpu" else cuda) if extensions[backend][0] is not None else ()
     if not TRITON_INSTALLED:
         return ()
-    accelerators = (*cuda, *(xpu if xpu and _triton_has("intel") else ()))
+    accelerators = (*cuda, *(xpu if xpu and triton_has("intel") else ()))
     return ("cpu", *accelerators) if switches.interpret_triton else accelerators
 
 
@@ -154,10 +153,10 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
 
 
 def _why_no_kernel(device_type: str) -> str:
-    kernels = _KERNELS.get(device_type)
-    if kernels is None:
+    """Why only the reference runs on `device_type`, to follow a sentence."""
+    if device_type not in _KERNELS:
         return f"; there is no kernel for {device_type} devices"
-    return "".join(f"; {name}: {_detail(name)}" for name in kernels)
+    return "".join(f"; {name}: {_detail(name)}" for name in _KERNELS[device_type])
 
 
 def _choose(device_type: str, asked_for: str | None) -> str:

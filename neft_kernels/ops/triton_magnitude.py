@@ -22,8 +22,8 @@ MOST_TOKENS_AT_ONCE = 2048  # in the rest of the row
 
 @triton.jit
 def _begins(position, before, HAS_MASK: tl.constexpr):
-    """Whether a new sequence begins at a token that has a token before it."""
-    return ((position < before) | (position == 0)) if HAS_MASK else (position != before + 1)
+    """Whether a sequence begins at a token that has a token before it: as in :mod:`neft_kernels.ops.magnitude`."""
+    return (position < before) | (position == 0) if HAS_MASK else position != before + 1
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _by_position(positions, mask, begin, length, TILE: tl.constexpr, STEP: tl.co
         # Collators that pack pad positions with 0 and give no mask: each padding token looks like a sequence.
         last = tl.max(tl.where(inside & ((tokens > 1) | (length == 1)), token, -1), 0)
         # transformers gives padding on the left the position 1, so each token of it looks like a sequence of one.
-        is_filling = (tokens == 1) & (_load_row(positions, token, inside) == 1) & (length != 1)
+        is_filling = (tokens == 1) & (_load_row(positions, token, inside) == 1) & (length > 1)
         present = inside & ((token <= last) | is_followed) & (is_filling == 0)
     return tokens, present
 
