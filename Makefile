@@ -130,8 +130,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" ninja
 	@$(BIN)/python -c "import torch" 2>/dev/null || printf "neft_kernels: %s\n" \
 		"downloads $(TORCH), on the public package index a build with CUDA: 2.7 GB, and 4.7 GB on disk" \
-		"   A build for CPUs takes 0.2 GB, and 0.9 GB on disk. To have that, stop here (Ctrl-C), install it, and run make again:" \
-		"   $(BIN)/python -m pip install $(TORCH) --index-url https://download.pytorch.org/whl/cpu"
+		"   A build for CPUs takes 0.2 GB, and 0.9 GB on disk. To have that, stop here (Ctrl-C), install it with $(BIN)/pip" \
+		"   as https://pytorch.org/get-started/locally/ says for CPU, and run make again."
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	@echo "neft_kernels: downloads what the tests and the demo need: 0.25 GB, and 0.2 GB more where torch brought no Triton;"
 	@echo "   then compiles (NEFT_KERNELS_BUILD=$(BUILD)) without a word, about a minute; with CUDA, several"

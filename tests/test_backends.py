@@ -1,4 +1,4 @@
-"""Contract: every backend returns what neft_kernels.reference returns, bit for bit.
+"""Contract: every backend returns what neft_kernels.ops.reference returns, bit for bit.
 
 On every dtype, width, shape, stride, seed, stream, offset and magnitude; every element is written.
 """

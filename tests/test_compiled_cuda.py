@@ -1,4 +1,4 @@
-"""Contract: what nvcc makes of the CUDA kernels gives what neft_kernels.reference gives, bit for bit.
+"""Contract: what nvcc makes of the CUDA kernels gives what neft_kernels.ops.reference gives, bit for bit.
 
 The compiled kernels run on the emulated GPU, in the launches that the launcher would make: every byte of the output is
 written once, nothing beside the tensors is touched, no byte is moved in vain. The sources: test_cuda_sources.py.
