@@ -228,9 +228,9 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Tested versions",
         "",
-        "A row without transformers: the tests of the contract and the ops. A row with it: the tests of the modules, the Hugging",
-        "Face adapter, reported situations, checkpointing, the Trainer and TRL's SFTTrainer. No GPU was there: a CUDA extension",
-        "was built and loaded, and did not run. `make test-versions` writes this page from `tests/versions.json`.",
+        "A row without transformers: the tests of the contract and the ops. A row with it: the tests of the modules, the",
+        "Hugging Face adapter, reported situations, checkpointing, the Trainer and TRL's SFTTrainer. No GPU was there: a CUDA",
+        "extension was built and loaded, and did not run. `make test-versions` writes this page from `tests/versions.json`.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{' --- |' * len(titles)}",
