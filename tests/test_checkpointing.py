@@ -239,8 +239,84 @@ def test_a_pass_inside_backward_on_other_ids_does_not_repeat_the_last_one():
     assert torch.equal((seen[0] != model.region.embedding.weight[IDS.flip(1)]).any(-1), MASK.bool())
 
 
+def gradients_of(how, passes):
+    """The gradients of one backward after `passes`, a function of the model that returns a loss."""
+    model = replace_embeddings(Model(how, Region)).train()
+    torch.manual_seed(1)
+    passes(model).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def reference_pass_after(model):
+    loss = model(IDS, attention_mask=MASK).square().sum()
+    with torch.no_grad():
+        model(IDS, attention_mask=MASK)
+    return loss
+
+
+def reference_pass_before(model):
+    with torch.no_grad():
+        model(IDS, attention_mask=MASK)
+    return model(IDS, attention_mask=MASK).square().sum()
+
+
+def two_masks(model):
+    return model(IDS, attention_mask=MASK).square().sum() + model(IDS, attention_mask=MASK.flip(0)).square().sum()
+
+
+def without_noise_after(model):
+    loss = model(IDS, attention_mask=MASK).square().sum()
+    with no_noise(model):
+        return loss + model(IDS).square().sum()
+
+
+def slices_at_one_place(model):
+    return model(IDS[:, :3]).square().sum() + model(IDS[:1]).square().sum()
+
+
+def copies_of_several(model):
+    """As save_on_cpu makes them on a GPU."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.clone(), lambda saved: saved.clone()):
+        loss = model(IDS.clone(), attention_mask=MASK).square().sum()
+        return loss + model(IDS.flip(1).clone(), attention_mask=MASK.flip(0)).square().sum()
+
+
+PASSES = [
+    reference_pass_after,
+    reference_pass_before,
+    two_masks,
+    without_noise_after,
+    slices_at_one_place,
+    copies_of_several,
+]
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_each_recomputation_has_the_noise_of_its_own_first_pass(passes):
+    expected = gradients_of(None, passes)
+    got = gradients_of("non-reentrant", passes)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)  # added up in another order; without the right noise they are far apart
+
+
+def test_a_recomputed_pass_in_evaluation_mode_has_no_noise():
+    gradients = []
+    for how in (None, "non-reentrant"):
+        model = replace_embeddings(Model(how, Region)).train()
+        model(IDS).sum().backward()
+        model.zero_grad()
+        model.eval()(IDS).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_nothing_is_kept_of_ids_that_are_gone_but_of_the_last():
     model = replace_embeddings(Model(None, Region)).train()
-    for _ in range(3):
+    kept = model.region.embedding.noise.first_passes
+    for _ in range(3 * kept.MOST_RECENT):
         model(IDS.clone()).sum().backward()
-        assert len(model.region.embedding.noise.first_passes._by_storage) == 1
+    assert len(kept._by_storage) == kept.MOST_RECENT
+    tokens = torch.zeros(1000, dtype=torch.int64)
+    for begin in range(2 * kept.MOST_OF_A_STORAGE):
+        model(tokens[begin : begin + 8][None])
+    assert len(kept._by_storage[tokens.untyped_storage()]) == kept.MOST_OF_A_STORAGE

@@ -320,7 +320,7 @@ def test_a_model_that_fails_to_name_its_embedding_is_refused_with_the_reason(err
         def get_input_embeddings(self):
             raise error
 
-    with pytest.raises(ValueError, match="Fails names no input embeddings: not here"):
+    with pytest.raises(ValueError, match=r"found no token embedding in model of class Fails: .*\(not here\)"):
         replace_embeddings(Fails())
 
 

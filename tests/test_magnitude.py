@@ -94,6 +94,8 @@ POSITIONS = {
     "sequences of one token inside": ([0, 0, 0, 1, 2, 3], ONES, [1, 1, 4, 4, 4, 4]),
     "nothing but packed padding": ([0] * 6, ONES, [0] * 6),
     "one token behind padding that the mask tells": ([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]),
+    "padding in the middle beside its mask": ([0, 1, 2, 1, 1, 3], [1, 1, 1, 0, 0, 1], [4, 4, 4, 0, 0, 4]),
+    "padding between two sequences": ([0, 1, 1, 0, 1, 2], [1, 1, 0, 1, 1, 1], [2, 2, 0, 3, 3, 3]),
     "packed padding before padding that the mask tells": ([0, 1, 2, 0, 0, 0], [1, 1, 1, 1, 0, 0], [3, 3, 3, 1, 0, 0]),
 }
 

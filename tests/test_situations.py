@@ -474,3 +474,120 @@ def test_positions_of_several_kinds_begin_with_those_of_text():
     model(IDS, position_ids=torch.zeros(3, 2, 6, dtype=torch.int64))
     assert notes(model) == ["position_ids of shape [3, 2, 6] does not tell the lengths of ids of shape [2, 6]"]
     assert noise_magnitude(IDS, WIDTH, ALPHA) == bound(6)
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------------
+
+
+class DropsTheLast(Looks):
+    """Looks up all tokens but the last, as wrappers for autoregressive training do."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.embedding(input_ids[:, :-1])
+
+
+def test_a_mask_of_the_ids_given_is_cut_as_the_ids_are():
+    model = replace_embeddings(DropsTheLast(), ALPHA).train()
+    ids, mask = torch.tensor([[3, 4, 5, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
+    noise = noise_of(model, ids, attention_mask=mask)
+    assert torch.equal(noise.any(-1), mask[:, :-1].bool())
+    assert bounds(model) == pytest.approx((bound(3),) * 2)
+
+
+class MakesAWideMask(nn.Module):
+    """Calls a model with a 4-D mask of its own, as some models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Looks()
+
+    def get_input_embeddings(self):
+        return self.inner.embedding
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids, attention_mask=torch.ones(2, 1, 6, 6))
+
+
+def test_a_usable_mask_outside_counts_where_the_inner_one_cannot_be_used():
+    model = replace_embeddings(MakesAWideMask(), ALPHA).train()
+    model(IDS, attention_mask=MASK)
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+
+
+def test_a_mask_of_the_decoder_may_have_another_name_inside():
+    """As FSMT's decoder has it."""
+    config = transformers.FSMTConfig(
+        langs=["a", "b"],
+        src_vocab_size=60,
+        tgt_vocab_size=60,
+        d_model=WIDTH,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+    )
+    model = replace_embeddings(transformers.FSMTForConditionalGeneration(config).train(), ALPHA)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS[:, :4] + 1, decoder_attention_mask=mask)
+    by_name = {report.name: report.last_magnitude for report in describe(model)}
+    assert by_name["model.encoder.embed_tokens"] == pytest.approx((bound(6), bound(3)))
+    assert by_name["model.decoder.embed_tokens"] == pytest.approx((bound(4), bound(2)))
+
+
+class ReadsAPicture(nn.Module):
+    """A text encoder that reads image states; the labels are an answer, not about its ids."""
+
+    class Text(Looks):
+        def forward(self, input_ids, attention_mask=None, encoder_hidden_states=None):
+            return self.embedding(input_ids)
+
+    def __init__(self):
+        super().__init__()
+        self.text = self.Text()
+
+    def get_input_embeddings(self):
+        return self.text.embedding
+
+    def forward(self, input_ids, image, labels=None):
+        return self.text(input_ids, encoder_hidden_states=image)
+
+
+def test_labels_of_an_answer_are_not_about_the_question():
+    model = replace_embeddings(ReadsAPicture(), ALPHA).train()
+    labels = torch.tensor([[5, 6, -100, -100, -100, -100]] * 2)
+    model(IDS, torch.zeros(1), labels)
+    assert bounds(model) == pytest.approx((bound(6),) * 2)
+
+
+def test_restoring_a_part_leaves_no_hook_on_the_whole(caplog):
+    model = llama()
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        replace_embeddings(model, ALPHA)
+        replace_embeddings(model.model, ALPHA)
+        model(input_ids=IDS, attention_mask=MASK)
+        restore_embeddings(model.model)
+        model(input_ids=IDS, attention_mask=MASK)
+    assert not [record for record in caplog.records if record.name == "neft_kernels"]
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_restoring_a_model_leaves_the_noise_of_another_one_alone():
+    first, second = Looks(), Looks()
+    second.embedding = first.embedding
+    replace_embeddings(first, ALPHA).train()
+    restore_embeddings(second)
+    first(IDS, attention_mask=MASK)
+    assert bounds(first) == pytest.approx((bound(6), bound(3)))
+
+
+def test_no_noise_around_a_wrapper_holds_for_what_is_replaced_inside():
+    model = Looks().train()
+    wrapper = nn.Sequential(model)
+    with no_noise(wrapper):
+        with no_noise(model):
+            replace_embeddings(model)
+        assert torch.equal(model(IDS), model.embedding.weight[IDS])
+    assert not torch.equal(model(IDS), model.embedding.weight[IDS])

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from neft_kernels.models.lookups import input_embeddings
 from neft_kernels.models.noise import HOOK_ATTRIBUTE
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
-from neft_kernels.models.replace import noisy_modules, replace_embeddings, restore_embeddings, set_alpha
+from neft_kernels.models.replace import check_unshared, noisy_modules, replace_embeddings, restore_embeddings, set_alpha
 from neft_kernels.ops.backends import logger
 
 __all__ = ["NEFTuneCallback", "patch_transformers"]
@@ -37,6 +37,7 @@ class _TrainingNoise:
     def begin(self, model: nn.Module, alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
         """Makes `model` noisy until :meth:`remove`, or until the Trainer's ``train`` ends."""
         self.remove()  # auto_find_batch_size begins anew, with no end in between
+        check_unshared(model)
         if any(noisy_modules(model)):
             logger.warning("%s does nothing, because replace_embeddings() made the model noisy already", self.asked_by)
             return

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EMPTY_BATCH", "Batch"]
 
+#: What a batch may say about its sequences, in the order in which it counts.
+FIELDS = ("attention_mask", "position_ids", "cu_seq_lens", "labels")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -34,6 +37,10 @@ class Batch:
     generating: bool = False
     #: The ids are those of a decoder beside an encoder, so the labels are about them.
     is_decoder: bool = False
+    #: The token ids with which the innermost module around was called, whether or not anything is known about them.
+    called_with: Tensor | None = None
+    #: The mask of the decoder, as the model around both was given it.
+    decoder_mask: Any = None
 
     @property
     def is_empty(self) -> bool:
@@ -46,7 +53,13 @@ class Batch:
         A None in `known` clears the outer value, unless the module gets the same `input_ids`; then the outer value stays.
         """
         if input_ids is not None and input_ids is self.input_ids:
-            known = {name: value for name, value in known.items() if value is not None}
+            length = input_ids.shape[-1] if input_ids.ndim else 1
+
+            def is_news(name: str, value: Any) -> bool:
+                """Whether `value` takes the place of the outer one: not if only the outer one can be used."""
+                return name not in FIELDS or getattr(self, name) is None or _tells(name, value, input_ids, length)
+
+            known = {name: value for name, value in known.items() if value is not None and is_news(name, value)}
         return replace(self, **known)
 
     def about(
@@ -72,7 +85,7 @@ class Batch:
         for name, value in self._given():
             if options.noise_on == "all" if name == "labels" else options.scale_by == "batch":
                 continue
-            value = _of_tokens(name, value, tokens, row_length)
+            value = _of_tokens(name, value, tokens, row_length, self.input_ids)
             if _tells(name, value, tokens, row_length):
                 told[name] = value
             else:
@@ -96,7 +109,7 @@ class Batch:
         return tokens, told, "; ".join(notes)
 
     def _given(self) -> Iterator[tuple[str, Any]]:
-        for name in ("attention_mask", "position_ids", "cu_seq_lens", "labels"):
+        for name in FIELDS:
             if (value := getattr(self, name)) is not None:
                 yield name, value
 
@@ -104,15 +117,29 @@ class Batch:
 EMPTY_BATCH = Batch()
 
 
-def _of_tokens(name: str, value: Any, ids: Tensor, row_length: int) -> Any:
-    """The part of `value` that is about `ids`."""
+def _of_tokens(name: str, value: Any, ids: Tensor, row_length: int, given: Tensor | None) -> Any:
+    """The part of `value` that is about `ids`, which may be a slice of the ids that the model was `given`."""
     if not isinstance(value, Tensor):
         return value
+    if given is not None and value.shape == given.shape and value.shape[-1] != row_length:
+        begin = _begin_of_slice(ids, given)
+        return value if begin is None else value[..., begin : begin + ids.shape[-1]]
     if name == "attention_mask" and value.ndim == ids.ndim and value.shape[-1] != row_length:
         return value[..., -ids.shape[-1] :]  # the leading columns belong to a cached prefix
     if name == "position_ids" and value.ndim == ids.ndim + 1 and value.shape[0] == 4:
         return value[0]  # of text; transformers' multimodal models put it before time, height and width
     return value
+
+
+def _begin_of_slice(ids: Tensor, given: Tensor) -> int | None:
+    """Where `ids` begin in the rows of `given`, of which they are a view. None if they are not."""
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or type(given) is not Tensor or given.stride(-1) == 0:
+        return None
+    if ids.untyped_storage() is not given.untyped_storage() or ids.stride() != given.stride():
+        return None
+    begin, rest = divmod(int(ids.storage_offset()) - int(given.storage_offset()), given.stride(-1))
+    fits = rest == 0 and 0 <= begin <= given.shape[-1] - ids.shape[-1] and ids.shape[:-1] == given.shape[:-1]
+    return begin if fits else None
 
 
 def _tells(name: str, value: Any, ids: Tensor, row_length: int) -> bool:

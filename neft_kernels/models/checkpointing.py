@@ -1,50 +1,95 @@
 """What the first pass of a checkpointed region had, so that the pass that backward recomputes has the same."""
 
+import ctypes
 import weakref
+from collections import deque
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OFF", "FirstPasses"]
+__all__ = ["OFF", "FirstPasses", "generator_state"]
 
 #: The first pass had no noise.
 OFF = object()
 
 
 class FirstPasses:
-    """The magnitude and the seed of forward passes, by the storage of their token ids.
+    """The magnitude and the seed of forward passes, by their token ids and by the state of the generator.
 
     Activation checkpointing runs a region again inside backward. In that run the hooks of the modules around the region may
     not run, so the masks are unknown. Gradients may be enabled although they were disabled at first, and ``no_noise`` may have
-    ended. The storage of the ids is the key, because a region may look up a view of the ids that it is given. An entry lives
-    as long as its ids; the last one lives until the next pass.
+    ended. Ids are known by their storage, because a region may look up a view of the ids that it is given. Several passes may
+    look up the same ids; checkpointing restores the state of the generator, which tells them apart. Entries live as long as
+    the ids, the last ones longer.
     """
+
+    MOST_OF_A_STORAGE = 256
+    MOST_RECENT = 8
 
     def __init__(self) -> None:
         self._by_storage: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
-        self._last: tuple[Tensor, Any] | None = None  # ids and noise of the last pass
+        self._recent: deque[Any] = deque(maxlen=self.MOST_RECENT)  # keeps the storages of the last passes alive
 
-    def remember(self, ids: Tensor, noise: Any) -> None:
-        """A first pass on `ids` has `noise`: magnitude and seed, or OFF."""
-        if type(ids) is Tensor:  # not one that stands for others inside a transform or a trace
-            self._by_storage.setdefault(ids.untyped_storage(), {})[ids.storage_offset(), ids.numel()] = noise
-            self._last = ids, noise
+    def remember(self, ids: Tensor, state: Hashable, noise: Any) -> None:
+        """A first pass on `ids`, begun in `state` of the generator, has `noise`: magnitude and seed, or OFF."""
+        if type(ids) is not Tensor:  # it stands for others inside a transform or a trace
+            return
+        storage, place = ids.untyped_storage(), _place(ids)
+        entries = self._by_storage.setdefault(storage, {})
+        if noise is OFF and entries.get((place, state), OFF) is not OFF:
+            return  # a pass without noise leaves the state as it is, so the noisy one beside it counts
+        entries.pop((place, state), None)
+        entries[place, state] = noise
+        if len(entries) > self.MOST_OF_A_STORAGE:
+            del entries[next(iter(entries))]
+        self._recent.append(storage)
 
-    def recall(self, ids: Tensor) -> Any:
+    def recall(self, ids: Tensor, state: Hashable, exactly: bool = False) -> Any:
         """What the first pass on `ids` had. None if there was none.
 
-        Ids that were copied in between, as ``save_on_cpu`` does it, are compared with those of the last pass by value. Only
-        then the host waits for the device.
+        `exactly`: only a pass that began in this `state`. Otherwise, if the generator was not restored, the last pass on these
+        ids counts.
         """
         if type(ids) is not Tensor:
             return None
-        noise = self._by_storage.get(ids.untyped_storage(), {}).get((ids.storage_offset(), ids.numel()))
-        if noise is None and self._last is not None:
-            last, noise_of_last = self._last
-            if last.numel() == ids.numel() and last.device == ids.device and torch.equal(last.flatten(), ids.flatten()):
-                return noise_of_last
-        return noise
+        entries, place = self._by_storage.get(ids.untyped_storage(), {}), _place(ids)
+        if (place, state) in entries:
+            return entries[place, state]
+        if not exactly:
+            for (other, _), noise in reversed(entries.items()):
+                if other == place:
+                    return noise
+        # The ids may have been copied in between, as save_on_cpu does it. Only here the host waits for the device.
+        for storage, others in list(self._by_storage.items()):
+            for (other, other_state), noise in reversed(others.items()):
+                if (
+                    state is not None
+                    and other_state == state
+                    and other[1] == ids.shape
+                    and storage.device == ids.device
+                ):
+                    original = torch.empty(0, dtype=ids.dtype, device=ids.device).set_(storage, *other)
+                    if torch.equal(original, ids):
+                        return noise
+        return None
 
     def __reduce__(self) -> tuple:
         return FirstPasses, ()  # copies and pickles have nothing of the passes under way
+
+
+def generator_state(device: torch.device) -> Hashable:
+    """The state of the default generator of `device`, without waiting for the device. None where it cannot be read."""
+    if device.type == "cpu":
+        state = torch.get_rng_state()
+    elif device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        state = torch.cuda.get_rng_state(device)
+    else:
+        return None
+    return hash(ctypes.string_at(state.data_ptr(), state.numel()))
+
+
+def _place(ids: Tensor) -> tuple[Any, torch.Size, tuple[int, ...]]:
+    """Where in their storage `ids` lie."""
+    return ids.storage_offset(), ids.shape, ids.stride()

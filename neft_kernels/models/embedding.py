@@ -1,6 +1,7 @@
 """Noisy embeddings: a module for plain tables, and a hook for embeddings that keep their own forward."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,8 +124,8 @@ class NoiseHook:
 
     def __init__(self, noise: EmbeddingNoise) -> None:
         self.noise = noise
-        self._groups: Sequence[Any] = ()
-        self._sequences: dict[str, Tensor | None] = {}
+        #: By thread, what the call under way tells: the groups over which the table is sharded, and the sequences.
+        self._calls: dict[int, tuple[Sequence[Any], dict[str, Tensor | None]]] = {}
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
@@ -136,16 +137,16 @@ class NoiseHook:
 
         Notes over which ranks the table is sharded. After the forward FSDP may have sharded it over its own ranks again.
         """
-        self._groups = sharding.tensor_parallel_groups(module) if sharding.distributed_is_on() else ()
-        self._sequences = {}
-        if not SEQUENCES.intersection(kwargs) or SEQUENCES.intersection(parameters_of_forward(module)):
-            return None
-        self._sequences = {name: value for name, value in kwargs.items() if name in SEQUENCES}
-        return args, {name: value for name, value in kwargs.items() if name not in SEQUENCES}
+        groups = sharding.tensor_parallel_groups(module) if sharding.distributed_is_on() else ()
+        is_told = SEQUENCES.intersection(kwargs) and not SEQUENCES.intersection(parameters_of_forward(module))
+        told = {name: value for name, value in kwargs.items() if name in SEQUENCES} if is_told else {}
+        self._calls[_thread()] = groups, told
+        return (args, {name: value for name, value in kwargs.items() if name not in told}) if is_told else None
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """The output with its noise."""
-        noise, groups, sequences = self.noise, self._groups, self._sequences
+        noise = self.noise
+        groups, sequences = self._calls.pop(_thread(), ((), {}))
         embeds = output[0] if isinstance(output, tuple) else output  # [..., L, D]
         ids: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds)
         if sharding.is_dtensor(ids):
@@ -163,6 +164,10 @@ class NoiseHook:
             else:
                 noisy = _add_to(embeds, noise, ids, groups, sequences)
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _add_to(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neft_kernels.models.batch import EMPTY_BATCH
-from neft_kernels.models.checkpointing import OFF, FirstPasses
+from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state
 from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
@@ -77,7 +77,10 @@ class EmbeddingNoise:
         is_on = self.state(module) == "on"
         if torch.compiler.is_compiling():
             return is_on
-        if in_backward() and (first := self.first_passes.recall(ids)) is not None:
+        if in_backward():
+            first = self.first_passes.recall(ids, generator_state(ids.device), exactly=not module.training)
+            if first is None:
+                return is_on
             if first is OFF and is_on:
                 self._warn(
                     "activation checkpointing recomputed a pass that had no noise, because gradients were disabled in it; set "
@@ -85,7 +88,7 @@ class EmbeddingNoise:
                 )
             return first is not OFF
         if module.training and not is_on:
-            self.first_passes.remember(ids, OFF)
+            self.first_passes.remember(ids, generator_state(ids.device), OFF)
         return is_on
 
     def warn_of_other_noise(self, module: nn.Module) -> None:
@@ -130,7 +133,10 @@ class EmbeddingNoise:
         options = self.shared.options
         if options.sequence_group is not None:
             groups = [*groups, *groups_of(options.sequence_group)]
-        first = self.first_passes.recall(ids) if in_backward() else None
+        is_compiling = torch.compiler.is_compiling()
+        state = None if is_compiling else generator_state(ids.device)
+        first = self.first_passes.recall(ids, state) if in_backward() else None
+        first = None if first is OFF else first
         # 1. How strong the noise of each token is.
         magnitude, note = (
             self._magnitude(ids, embedding_dim, part, arguments) if first is None else (first[0], self.note)
@@ -141,8 +147,10 @@ class EmbeddingNoise:
         # 3. The look-up and the noise.
         out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
-        if not torch.compiler.is_compiling():
-            self._record(ids, magnitude, seed, note)
+        if not is_compiling and _is_real(magnitude):
+            self._record(ids, magnitude, note)
+            if first is None:
+                self.first_passes.remember(ids, state, (magnitude, seed))
         return out
 
     def _magnitude(
@@ -176,12 +184,8 @@ class EmbeddingNoise:
             magnitude = rearrange(magnitude, given, ids, compute(ids) if options.noise_on == "all" else 0.0)
         return magnitude, note
 
-    def _record(self, ids: Tensor, magnitude: float | Tensor, seed: Tensor, note: str) -> None:
-        """Keeps what ``describe`` reports, and what a recomputation of this pass needs. Logs the first batch."""
-        if not _is_real(magnitude):
-            return
-        if not in_backward():
-            self.first_passes.remember(ids, (magnitude, seed))
+    def _record(self, ids: Tensor, magnitude: float | Tensor, note: str) -> None:
+        """Keeps what ``describe`` reports. Logs the first batch."""
         is_first = self.last_magnitude is None
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
         if is_first and logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):

@@ -158,7 +158,15 @@ class BatchHook:
         input_ids = given.get("decoder_input_ids" if is_decoder else "input_ids")
         if is_decoder or given.get("encoder_hidden_states") is not None:
             # A decoder has its own ids: clear the outer mask and positions, keep the labels.
-            known = dict.fromkeys(("attention_mask", "position_ids", "cu_seq_lens")) | known | {"is_decoder": True}
+            known = dict.fromkeys(("attention_mask", "position_ids", "cu_seq_lens")) | known
+            # Some encoders read the states of pictures; the labels are not about the ids of the model itself.
+            known["is_decoder"] = is_decoder or input_ids is not outside.called_with
+            if known["attention_mask"] is None and known["is_decoder"]:
+                known["attention_mask"] = outside.decoder_mask
+        elif "decoder_attention_mask" in given:
+            known["decoder_mask"] = given["decoder_attention_mask"]
+        if input_ids is not None:
+            known["called_with"] = input_ids
         if "attention_mask" in known:  # and so the ids that it is about
             known["input_ids"] = input_ids
             lengths = given.get("lengths")  # of XLM, which takes them in place of a mask
@@ -176,6 +184,7 @@ class BatchHook:
             outside is not EMPTY_BATCH or torch.compiler.is_compiling()
         ):  # a graph would depend on the count, and recompile
             return
+        self.shared.around.add(module)
         in_training = module.training and torch.is_grad_enabled() and not in_backward()
         if in_training:
             self.shared.alpha.count_pass()

@@ -89,8 +89,9 @@ def replace_embeddings(
 
     names = {module: name for name, module in model.named_modules()}
     before = _noise_of(model)
-    _check_unshared(model, before)
-    noise.pause(max([each.paused for each in before] + [_paused.get(module, 0) for module in names], default=0))
+    check_unshared(model)
+    contexts = (count for paused, count in _paused.items() if paused in names or model in paused.modules())
+    noise.pause(max([sum(contexts), *(each.paused for each in before)]))
 
     restore_embeddings(model)
     for module in embeddings:
@@ -103,18 +104,25 @@ def replace_embeddings(
     return model
 
 
-def _check_unshared(model: nn.Module, noise: list[ModelNoise]) -> None:
+def check_unshared(model: nn.Module) -> None:
     """Raises ValueError if an embedding of `model` already belongs to another noisy model."""
-    inside = set(model.modules())
-    for around in (around for each in noise for around in each.around):
-        if around not in inside and model not in around.modules():
+    for noise in _noise_of(model):
+        if (owner := _other_owner(model, noise)) is not None:
             raise ValueError(
-                f"model shares an embedding with a {type(around).__name__} that is noisy already; call restore_embeddings() "
+                f"model shares an embedding with a {type(owner).__name__} that is noisy already; call restore_embeddings() "
                 "on that one first, or replace_embeddings() on a module that holds both"
             )
 
 
+def _other_owner(model: nn.Module, noise: ModelNoise) -> nn.Module | None:
+    """A module beside `model` whose batches scale `noise`; neither is a part of the other."""
+    inside = set(model.modules())
+    beside = (around for around in noise.around if around not in inside and model not in around.modules())
+    return next(beside, None)
+
+
 def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
+    noise.shared.embeddings.add(module)
     if is_plain(module):
         module.__class__ = NEFTuneEmbedding
         module.noise = noise  # type: ignore[assignment]
@@ -131,34 +139,45 @@ def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
 def restore_embeddings(model: Model) -> Model:
     """Undoes :func:`replace_embeddings`; a model that it did not touch stays as it is. Returns `model` itself."""
     check_model(model)
+    noise = _noise_of(model)
+    others = {id(each) for each in noise if _other_owner(model, each) is not None}
     for module in model.modules():
-        _take_out(module)
+        _take_out(module, others)
+    for each in noise:
+        if not each.embeddings:  # its hooks on modules around `model` have nothing left to tell
+            for around in list(each.around):
+                _take_out(around, others)
     return model
 
 
-def _take_out(module: nn.Module) -> None:
-    """Undoes :func:`_put_in` and the hooks around. A module without noise stays as it is."""
-    if isinstance(module, NEFTuneEmbedding):
+def _take_out(module: nn.Module, others: set[int]) -> None:
+    """Undoes :func:`_put_in` and the hooks around, except for the noise of `others`."""
+    if isinstance(module, NEFTuneEmbedding) and (module.noise is None or id(module.noise.shared) not in others):
+        if module.noise is not None:
+            module.noise.shared.embeddings.discard(module)
         if type(module) is NEFTuneEmbedding and not {"built_in_noise", "forward"} & module.__dict__.keys():
             module.__class__ = nn.Embedding  # type: ignore[assignment]
             del module.noise
         else:
-            # The user built it noisy. Or it has since been given a class derived from ours, as by fully_shard(), or a forward
-            # of its own around ours, as by accelerate.
+            # Keep the class if the user built the module noisy, fully_shard() derived a class from ours, or accelerate
+            # replaced its forward.
             module.noise = module.__dict__.get("built_in_noise")
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, BatchHook):
-                owner.shared.around.discard(module)
-            if isinstance(owner, (NoiseHook, BatchHook)):
-                for registry in (
-                    hooks,
-                    module._forward_hooks_always_called,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_pre_hooks_with_kwargs,
-                ):
-                    registry.pop(key, None)
+            if not isinstance(owner, (NoiseHook, BatchHook)):
+                continue
+            shared = owner.shared if isinstance(owner, BatchHook) else owner.noise.shared
+            if id(shared) in others:
+                continue
+            shared.around.discard(module) if isinstance(owner, BatchHook) else shared.embeddings.discard(module)
+            for registry in (
+                hooks,
+                module._forward_hooks_always_called,
+                module._forward_hooks_with_kwargs,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                registry.pop(key, None)
 
 
 def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, EmbeddingNoise]]:

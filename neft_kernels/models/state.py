@@ -53,6 +53,7 @@ class ModelNoise:
         self.warning = ""  # what is wrong with the model, for `describe`
         #: The modules whose forward tells about the batch.
         self.around: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.embeddings: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def pause(self, times: int) -> None:
         """Adds `times`, 1 or -1, to the number of no_noise() contexts that are active. The noise is on only at 0."""
@@ -97,7 +98,7 @@ class ModelNoise:
         return memo[id(self)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "around": None}
+        return {**self.__dict__, "around": None, "embeddings": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, around=weakref.WeakSet())
+        self.__dict__.update(state, around=weakref.WeakSet(), embeddings=weakref.WeakSet())

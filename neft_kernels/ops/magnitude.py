@@ -79,6 +79,7 @@ def noise_magnitude(
         _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
         is_packed = attention_mask is not None and position_ids is not None and cu_seq_lens is None
         if is_packed and input_ids.shape[-1] > 1:
+            position_ids = _without_positions_of_padding(attention_mask, position_ids)  # type: ignore[arg-type]
             attention_mask = _without_packed_padding(attention_mask, position_ids)  # type: ignore[arg-type]
         kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens, backend)
         if kernel is None:
@@ -157,6 +158,15 @@ def _begins(positions: Tensor, has_mask: bool) -> Tensor:
     here, before = positions[..., 1:], positions[..., :-1]
     begins = (here < before) | (here == 0) if has_mask else here != before + 1
     return torch.nn.functional.pad(begins, (1, 0))
+
+
+def _without_positions_of_padding(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """`position_ids` in which padding has the position of the last token before it, or 1 for 0, and begins no sequence."""
+    positions, present = position_ids.expand(attention_mask.shape), attention_mask != 0
+    columns = torch.arange(positions.shape[-1], device=positions.device)
+    last = torch.where(present, columns, -1).cummax(-1).values
+    filling = torch.where(last < 0, 1, positions.gather(-1, last.clamp(min=0)).clamp(min=1))
+    return torch.where(present, positions, filling)
 
 
 def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
