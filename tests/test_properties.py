@@ -160,9 +160,15 @@ def lengths_of_tokens(batch, row, length):
         mask = [value if number < len(ends) else 0 for value, number in zip(mask, sequence, strict=True)]
     elif batch.positions is not None:
         positions, sequence = batch.positions.expand(batch.shape)[row].tolist(), []
+        last = None  # position of the last token that is no padding
         for token, position in enumerate(positions):
-            follows = token > 0 and position == positions[token - 1] + 1
-            sequence.append(token if not follows else sequence[-1])
+            if batch.mask is None:
+                begins = token == 0 or position != positions[token - 1] + 1
+            else:
+                begins = token == 0 or bool(mask[token] and last is not None and (position < last or position == 0))
+                begins |= bool(mask[token] and position == 0)
+                last = position if mask[token] else last
+            sequence.append(token if begins else sequence[-1])
     else:
         sequence = mask
     lengths = []
@@ -172,6 +178,14 @@ def lengths_of_tokens(batch, row, length):
     if batch.mask is None and length > 1:  # single tokens at the end are padding
         while lengths and lengths[-1] <= 1:
             lengths.pop()
+        if batch.boundaries is None and batch.positions is not None:  # so are those at position 1
+            lengths = [0 if (of, at) == (1, 1) else of for of, at in zip(lengths, positions, strict=False)]
+    elif batch.positions is not None and batch.boundaries is None and length > 1:
+        kept = length  # single tokens at the end, unless padding stands before them
+        while kept and lengths[kept - 1] == 1:
+            kept -= 1
+        if not kept or mask[kept - 1]:
+            lengths = lengths[:kept]
     return lengths + [0] * (length - len(lengths))
 
 

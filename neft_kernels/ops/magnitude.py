@@ -176,12 +176,11 @@ def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Ten
     """
     begins = _begins(position_ids.expand(attention_mask.shape), has_mask=True)[..., 1:]
     present = attention_mask != 0
-    is_single = torch.nn.functional.pad(begins, (0, 1), value=True) & torch.nn.functional.pad(
-        begins, (1, 0), value=True
-    )
-    is_single = is_single & present
+    pad = torch.nn.functional.pad
+    is_first = pad(begins, (1, 0), value=True) | (present.cumsum(-1) == 1)
+    is_single = present & is_first & pad(begins, (0, 1), value=True)
     in_run = is_single.flip(-1).cumprod(-1).flip(-1) > 0
-    after_padding = in_run & ~torch.nn.functional.pad(present[..., :-1], (1, 0), value=True)
+    after_padding = in_run & ~pad(present[..., :-1], (1, 0), value=True)
     return attention_mask * ~(in_run & ~after_padding.any(-1, keepdim=True))
 
 
