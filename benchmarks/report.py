@@ -1,4 +1,4 @@
-"""Draws the README's table and picture from the records alone: the newest of each comparison.
+"""Writes the table and picture of the README, and the tables of docs/performance.md, from the newest records alone.
 
 python -m benchmarks.report
 """
@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.records import RESULTS, load
-from benchmarks.sections import README, write_section
+from benchmarks.sections import DOCS, README, write_section
 
+PERFORMANCE = DOCS / "performance.md"
 IN_TABLE = (
     "32000 x 4096, 2048 tokens, float32",
     "32000 x 4096, 2048 tokens, bfloat16",
@@ -50,17 +51,25 @@ def table(records: dict[str, dict[str, Any]]) -> str:
             f"| {shape} | {times} | {median['ours'] / median['plain']:.2f} | {median['hook'] / median['ours']:.1f} |"
         )
     any_record = records[IN_TABLE[0]]
-    remarks = (
-        f"Milliseconds, medians of interleaved runs; {any_record['device']}, {any_record['threads']} threads, torch "
-        f"{any_record['torch']}, commit {any_record['commit']}. Verified bit for bit before they were timed; `make bench` "
-        "repeats them, [the records](benchmarks/results/cpu_forward.jsonl) hold the spread.",
-        "Outputs of 32 MB and more ask the kernel for huge pages: where it has some to give, they are faster than plain ones.",
+    rows += [
+        "",
+        f"Milliseconds: medians of interleaved runs on {any_record['device']} with {any_record['threads']} threads, torch "
+        f"{any_record['torch']}, commit {any_record['commit']}. Results were verified bit for bit before they were timed.",
+        "",
+        "![Time of one forward pass by tokens, width and vocabulary](benchmarks/results/cpu_forward.png)",
+    ]
+    return "\n".join(rows)
+
+
+def remarks(records: dict[str, dict[str, Any]]) -> str:
+    """What docs/performance.md adds to the README's table."""
+    any_record = records[IN_TABLE[0]]
+    sentences = (
+        "[The records](../benchmarks/results/cpu_forward.jsonl) contain the spread of each measurement.",
         *memory(any_record),
         *elsewhere(any_record["device"]),
     )
-    rows += ["", *(f"- {remark}" for remark in remarks)]
-    rows += ["", "![Time of one forward pass by tokens, width and vocabulary](benchmarks/results/cpu_forward.png)"]
-    return "\n".join(rows)
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def memory(record: dict[str, Any]) -> list[str]:
@@ -68,9 +77,9 @@ def memory(record: dict[str, Any]) -> list[str]:
     peak = record.get("peak_bytes_above_output")
     if peak is None or None in peak.values():
         return []
-    sizes = ", ".join(f"{LABELS[name]} {peak[name] / 2**20:.0f}" for name in ("ours", "hook", "hook, compiled"))
+    sizes = ", ".join(f"{LABELS[name]} {peak[name] / 2**20:.0f} MiB" for name in ("ours", "hook", "hook, compiled"))
     output = record["elements"] * 4 / 2**20
-    return [f"MiB of memory beyond the output of {output:.0f}, in the first row: {sizes}."]
+    return [f"Memory beyond the output of {output:.0f} MiB, in the first row of the table: {sizes}."]
 
 
 def elsewhere(device: str) -> list[str]:
@@ -87,7 +96,7 @@ def elsewhere(device: str) -> list[str]:
             ratios.append(
                 f"{median['ours'] / median['plain']:.2f} and {median['hook'] / median['ours']:.1f} in {shape.split(', ')[-1]}"
             )
-        sentences.append(f"On {other} the last two columns are, for 2048 x 4096 tokens, {', '.join(ratios)}.")
+        sentences.append(f"On {other}, ours / plain and hook / ours are, in the first three rows: {', '.join(ratios)}.")
     return sentences
 
 
@@ -97,8 +106,9 @@ def passes_table() -> str:
     rows = ["| | plain | **ours** | hook | ours / plain | hook / ours |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for (shape, passes), record in newest_of.items():
         median = {name: values[1] for name, values in record["milliseconds"].items()}
+        title = "forward and backward" if passes == "both" else passes
         rows.append(
-            f"| {passes}; {shape} | {median['plain']:.3g} | **{median['ours']:.3g}** | {median['hook']:.3g} | "
+            f"| {title}; {shape} | {median['plain']:.3g} | **{median['ours']:.3g}** | {median['hook']:.3g} | "
             f"{median['ours'] / median['plain']:.2f} | {median['hook'] / median['ours']:.1f} |"
         )
     return "\n".join(rows)
@@ -114,10 +124,10 @@ def step_sentence() -> str:
     model, (batch, tokens) = record["model"], record["batch"]
     look_up = record["embedding_milliseconds"]
     return (
-        f"In a step of the real Trainer (Llama of width {model['hidden_size']}, {model['num_hidden_layers']} layers, "
-        f"{batch} x {tokens} padded tokens, float32) the embedding takes "
-        + ", ".join(f"{look_up[name][1]:.3g} ms or {share:.2%} with {name}" for name, share in shares.items())
-        + f"; medians of {record['steps']} steps, masks and all of ours included."
+        f"In a step of the Trainer (Llama of width {model['hidden_size']}, {model['num_hidden_layers']} layers, "
+        f"{batch} x {tokens} padded tokens, float32; medians of {record['steps']} steps) the embedding takes "
+        + ", ".join(f"{look_up[name][1]:.3g} ms ({share:.2%}) with {name}" for name, share in shares.items())
+        + ". The handling of the masks is included."
     )
 
 
@@ -161,7 +171,8 @@ def main() -> None:
     records = newest("cpu_forward")
     plot(records, RESULTS / "cpu_forward.png")
     write_section(README, "measured", table(records))
-    write_section(README, "passes", f"{passes_table()}\n\nMilliseconds, as above. {step_sentence()}")
+    write_section(PERFORMANCE, "measured", remarks(records))
+    write_section(PERFORMANCE, "passes", f"{passes_table()}\n\n{step_sentence()}")
 
 
 if __name__ == "__main__":

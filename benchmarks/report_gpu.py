@@ -1,4 +1,4 @@
-"""Draws the README's GPU table and picture from the records of ``make bench-gpu`` alone: the newest of each comparison.
+"""Writes the GPU table and picture of docs/performance.md, and the README's sentence, from the newest GPU records alone.
 
 python -m benchmarks.report_gpu
 """
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks import records
 from benchmarks.records import RESULTS
-from benchmarks.report import COLOURS, LABELS
+from benchmarks.report import COLOURS, LABELS, PERFORMANCE
 from benchmarks.sections import README, write_section
 from benchmarks.variants import PASSES
 
@@ -26,7 +26,7 @@ IN_TABLE = (
     "151936 x 2048, 65536 tokens, bfloat16",
 )
 PLOTTED = "32000 x 4096"
-NOT_MEASURED = "Nothing was measured on a GPU yet: `make gpu` does it. [What is known without one](docs/gpu.md)."
+NOT_MEASURED = "Nothing was measured on a GPU yet; `make gpu` does it."
 
 
 def newest(distribution: str) -> dict[str, Record]:
@@ -72,12 +72,27 @@ def table(found: dict[str, Record]) -> str:
     rows += [
         "",
         f"Microseconds, medians of interleaved runs with a cold L2; one {any_record['device']}, torch {any_record['torch']}, "
-        f"commit {any_record['commit']}. [The records](benchmarks/results/gpu.jsonl) hold backward, memory, launch overhead "
-        "and CUDA graphs as well.",
+        f"commit {any_record['commit']}. [The records](../benchmarks/results/gpu.jsonl) also contain backward passes, "
+        "memory, launch overhead and CUDA graphs.",
         "",
-        "![Time of one forward pass on a GPU by number of tokens](benchmarks/results/gpu.png)",
+        "![Time of one forward pass on a GPU by number of tokens](../benchmarks/results/gpu.png)",
     ]
     return "\n".join(rows)
+
+
+def sentence(found: dict[str, Record]) -> str:
+    """The ratios of the first large comparison of the table, for the README."""
+    shape = next(shape for shape in (*IN_TABLE[1:], *IN_TABLE[:1]) if shape in found)
+    record = found[shape]
+    median = {name: values[1] for name, values in record["forward"].items()}
+    ratios = [f"ours / plain {median['ours'] / median['plain']:.2f}"]
+    for name, title in (("hook", "hook"), ("hook, compiled", "compiled hook")):
+        if name in median:
+            ratios.append(f"{title} / ours {median[name] / median['ours']:.1f}")
+    return (
+        f"On one {record['device']}, {shape}: {', '.join(ratios)}, {share_of_copy(record, 'ours'):.0%} of a copy's bandwidth "
+        "([GPU table](docs/performance.md#gpu))."
+    )
 
 
 def plot(found: dict[str, Record], to: Path) -> None:
@@ -119,7 +134,8 @@ def main() -> None:
     found = newest("uniform")
     if any(is_plotted(shape) for shape in found):
         plot(found, RESULTS / "gpu.png")
-    write_section(README, "gpu", table(found) if found else NOT_MEASURED)
+    write_section(PERFORMANCE, "gpu", table(found) if found else NOT_MEASURED)
+    write_section(README, "gpu", sentence(found) if found else NOT_MEASURED)
 
 
 if __name__ == "__main__":

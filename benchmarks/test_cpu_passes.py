@@ -1,7 +1,8 @@
 """CPU: what else a training step does with its embedding, again plain, with the Hugging Face hook, and ours side by side.
 
-backward and both passes; the forward on padded batches, whose masks ours turns into a magnitude for each token; and the noise
-on embeddings that are no plain look-up (the hook's function, and add_noise, on the same tensor).
+backward and both passes, with the error of the gradient where one id occurs often; the forward on padded batches, whose masks
+ours turns into a magnitude for each token; and the noise on embeddings that are no plain look-up (the hook's function, and
+add_noise, on the same tensor).
 """
 
 import functools
@@ -21,9 +22,16 @@ from neft_kernels import add_noise, noise_magnitude, noisy_embedding
 
 VARIANTS = ("plain", "hook", "ours")
 BATCH = 8  # sequences in a padded batch
+PADDED_BACKWARD = "backward, half of the ids the same"  # as where padding has gradients too
 #: Without the compiled variants, the gradient of a table of 32000 x 1024 takes as long as that of its copy.
 CASES = [
-    *((Shape(32000, 1024, 2048, dtype), passes) for dtype in (FP32, BF16) for passes in ("backward", "both")),
+    *(
+        (Shape(num_embeddings, 1024, 2048, dtype), passes)
+        for num_embeddings in (32000, 128256)
+        for dtype in (FP32, BF16)
+        for passes in ("backward", "both")
+    ),
+    *((Shape(32000, 1024, 4096, dtype), PADDED_BACKWARD) for dtype in (FP32, BF16)),
     *(
         (Shape(32000, width, 2048, dtype), passes)
         for width in (1024, 4096)
@@ -40,6 +48,8 @@ def calls(shape: Shape, passes: str) -> dict[str, Callable[[], object]]:
     ids = torch.randint(shape.num_embeddings, (BATCH, shape.tokens // BATCH), generator=generator)
     modules = training_modules(weight, compiled=False)
     verify(modules, ids, weight)
+    if passes == PADDED_BACKWARD:
+        ids[:, ids.shape[1] // 2 :] = 0
     if passes == "forward, padded batch":
         mask = padded(ids, generator)
         ours = modules["ours"]
@@ -66,10 +76,32 @@ def calls(shape: Shape, passes: str) -> dict[str, Callable[[], object]]:
         module = modules[name]
         weights, out = list(module.parameters()), module(ids)
         upstream = torch.randn(out.shape, generator=generator).to(shape.dtype)
-        if passes == "backward":  # the graph is kept, so that nothing else runs
+        if passes != "both":  # the graph is kept, so that nothing else runs
             found[name] = functools.partial(torch.autograd.grad, out, weights, upstream, retain_graph=True)
         else:
             found[name] = functools.partial(forward_and_backward, module, ids, weights, upstream)
+    return found
+
+
+def gradient_error(shape: Shape, passes: str) -> dict[str, float]:
+    """By variant, the largest error of a row of the gradient, in parts of the row's largest element.
+
+    The upstream gradient is positive on average, as that of a frequent token often is; the exact one is computed in fp64.
+    """
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape.num_embeddings, shape.embedding_dim, generator=generator).to(shape.dtype)
+    ids = torch.randint(shape.num_embeddings, (BATCH, shape.tokens // BATCH), generator=generator)
+    if passes == PADDED_BACKWARD:
+        ids[:, ids.shape[1] // 2 :] = 0
+    upstream = (torch.randn(*ids.shape, shape.embedding_dim, generator=generator) + 0.5).to(shape.dtype)
+    rows = ids.unique()
+    exact = torch.zeros(shape.num_embeddings, shape.embedding_dim, dtype=torch.float64)
+    exact = exact.index_add_(0, ids.flatten(), upstream.flatten(0, 1).double())[rows]
+    found = {}
+    for name, module in training_modules(weight, compiled=False).items():
+        (grad,) = torch.autograd.grad(module(ids), list(module.parameters()), upstream)
+        error = (grad[rows].double() - exact).abs().amax(1) / exact.abs().amax(1)
+        found[name] = error.max().item()
     return found
 
 
@@ -120,5 +152,10 @@ def test_pass(
             f"{f'{shape}, {passes}':66} ours {median['ours'] * 1e3:8.3f} ms ({low * 1e3:.3f}-{high * 1e3:.3f}), "
             f"{median['ours'] / median['plain']:5.2f} x plain, hook {median['hook'] / median['ours']:5.1f} x ours"
         )
+        record = {"shape": str(shape), "passes": passes, "milliseconds": table(samples)}
+        if passes in ("backward", "both", PADDED_BACKWARD):
+            record["gradient_error"] = gradient_error(shape, passes)
+            errors = ", ".join(f"{name} {record['gradient_error'][name]:.2g}" for name in VARIANTS)
+            summary(f"{f'{shape}, {passes}':66} error of the gradient: {errors}")
         if request.config.getoption("--record"):
-            records.append("cpu_passes", {"shape": str(shape), "passes": passes, "milliseconds": table(samples)})
+            records.append("cpu_passes", record)

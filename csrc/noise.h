@@ -1,5 +1,5 @@
-// The noise contract, version 1: the only noise arithmetic in C++. Compiled for the host, for CUDA devices, and, because
-// the generator is a template over what a "word" is, for vectors of words. The contract in prose: neft_kernels/reference.py.
+// The noise contract, version 1: all noise arithmetic in C++. It is compiled for the host, for CUDA devices, and for vectors
+// of words: the generator is a template over the type of a word. neft_kernels/ops/reference.py has the contract in prose.
 //
 // The translation unit must be compiled without floating-point contraction: the product and the sum round separately.
 #pragma once
@@ -29,7 +29,7 @@ NEFT_FUNCTION Key make_key(int64_t seed) {
 // The 64-bit product of two words, as its two halves.
 NEFT_FUNCTION void multiply_wide(uint32_t a, uint32_t b, uint32_t& hi, uint32_t& lo) {
 #if defined(__CUDA_ARCH__)
-  uint64_t product;  // nvcc makes two instructions of most of ten such products in a row
+  uint64_t product;  // in a chain of these products, nvcc compiles most to two instructions
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
 #else
   const uint64_t product = static_cast<uint64_t>(a) * b;
@@ -79,8 +79,8 @@ NEFT_FUNCTION auto uniform_from_word(Word word) {
   return to_float((as_signed(word) >> 8) | 1) * 0x1p-23f;
 }
 
-// Half-word h to uniform, for 16-bit element types: (2 h + 1 - 65536) / 65536. Written into the mantissa of a float in
-// [2, 4), h stands for 2 + h / 32768, and the difference is exact; that is half the work of an integer conversion.
+// Half-word h to uniform, for 16-bit element types: (2 h + 1 - 65536) / 65536. In the mantissa of a float in [2, 4), h means
+// 2 + h / 32768, and the subtraction is exact. This takes half the instructions of an integer conversion.
 template <class Word>
 NEFT_FUNCTION auto uniform_from_mantissa(Word mantissa) {  // h << 7
   return as_float(mantissa | 0x40000000) - (3 - 0x1p-16f);
@@ -95,7 +95,7 @@ NEFT_FUNCTION auto uniform_from_high_half(Word word) {
 }
 
 #if defined(__CUDA_ARCH__)
-// The same values. A GPU converts halves as they stand in the word, and the fused product and sum are exact.
+// The same values. A GPU converts either half of a word directly, and the fused multiply-add is exact here.
 NEFT_FUNCTION float uniform_from_low_half(uint32_t word) {
   return __fmaf_rn(static_cast<float>(word & 0xFFFF), 0x1p-15f, 0x1p-16f - 1);
 }
@@ -107,7 +107,7 @@ NEFT_FUNCTION float uniform_from_high_half(uint32_t word) {
 // Columns that one Philox call feeds.
 constexpr int columns_per_block(int element_size) { return element_size == 2 ? 8 : 4; }
 
-// w + m * u, rounded twice. Device code is immune to -fmad; host code relies on -ffp-contract=off.
+// w + m * u, rounded twice. Device code does not depend on -fmad; host code needs -ffp-contract=off.
 template <class Value>
 NEFT_FUNCTION Value add_scaled(Value w, Value m, Value u) {
   return w + m * u;

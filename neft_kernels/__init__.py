@@ -41,6 +41,7 @@ else:
             except ModuleNotFoundError as error:
                 if error.name != "transformers":
                     raise
-                raise ImportError(f"neft_kernels.{name} needs transformers, which is not installed") from error
+                message = f'neft_kernels.{name} needs transformers: pip install "neft-kernels[huggingface]"'
+                raise ImportError(message) from error
             return getattr(trainer, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,7 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers.devices import EMULATED_GPU, HAS_GPU, capped, kernels  # noqa: E402
 from helpers.options import OPTIONS  # noqa: E402
-
-NO_GPU = "no GPU on this machine"
+from helpers.skips import EXPECTED_SKIPS, NO_CPU_EXTENSION, NO_GPU  # noqa: E402
 
 # Two processes run the suite side by side; one alone may use two threads.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -24,6 +23,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--more-examples", type=int, default=1, help="so many times the examples of each property test, drawn anew"
     )
+    parser.addoption(
+        "--need-extension", action="store_true", help="an error where the CPU extension is not built, instead of skips"
+    )
 
 
 # Each of these needs what a machine may lack without anything being wrong with it.
@@ -34,6 +36,15 @@ if shutil.which("nvcc") is None:
 
 def pytest_configure(config):
     OPTIONS["more_examples"] = config.getoption("--more-examples")
+    if NO_CPU_EXTENSION and config.getoption("--need-extension"):
+        raise pytest.UsageError(f"--need-extension: {NO_CPU_EXTENSION}")
+
+
+def needs_the_cpu_extension(item):
+    """Marked so, or a test of the backend "cpu" among others."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    named = {parameters.get("backend"), parameters.get("computed_by"), *parameters.get("kernel", ())[1:2]}
+    return item.get_closest_marker("cpu_extension") is not None or "cpu" in named
 
 
 def pytest_collection_modifyitems(items):
@@ -41,18 +52,26 @@ def pytest_collection_modifyitems(items):
         marker = item.get_closest_marker("gpu")
         if marker and not HAS_GPU and not (EMULATED_GPU and marker.kwargs.get("stand_in")):
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        elif NO_CPU_EXTENSION and needs_the_cpu_extension(item):
+            item.add_marker(pytest.mark.skip(reason=NO_CPU_EXTENSION))
 
 
+_skipped = dict.fromkeys(EXPECTED_SKIPS, 0)
 _unexpected_skips = []
 
 
 def pytest_runtest_logreport(report):
-    if report.skipped and not hasattr(report, "wasxfail") and NO_GPU not in str(report.longrepr):
-        _unexpected_skips.append(report.nodeid)
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    for reason in EXPECTED_SKIPS:
+        if reason in str(report.longrepr):
+            _skipped[reason] += 1
+            return
+    _unexpected_skips.append(report.nodeid)
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """A skip for any reason but a missing GPU fails the run: what cannot run here must not look as if it had."""
+    """A skip for any other reason fails the run: what cannot run here must not look as if it had."""
     if _unexpected_skips and exitstatus == 0:
         session.exitstatus = 1
 
@@ -60,6 +79,9 @@ def pytest_sessionfinish(session, exitstatus):
 def pytest_terminal_summary(terminalreporter):
     if "test_compiled_cuda.py" in collect_ignore:
         terminalreporter.write_line("nvcc is not on the PATH: test_compiled_cuda.py WAS NOT RUN", yellow=True)
+    for reason, skipped in _skipped.items():
+        if skipped and reason != NO_GPU:
+            terminalreporter.write_line(f"{skipped} tests WERE NOT RUN: {reason}", yellow=True)
     for nodeid in _unexpected_skips:
         terminalreporter.write_line(f"FAILED: skipped, but should have run: {nodeid}", red=True)
 

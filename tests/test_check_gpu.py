@@ -53,14 +53,15 @@ def test_guards_see_a_bad_triton_kernel(target, expected):
     ]
     if target == "sm_90":
         bad += ["--triton-option", "maxnreg=24"]
-    result = check_gpu("--no-nvcc", "--target", target, "--dtype", "bfloat16", *bad)
+    result = check_gpu("--no-nvcc", "--target", target, "--dtype", "bfloat16", "--op", "add_noise", *bad)
     assert result.returncode == 1
     for sentence in expected:
         assert sentence in result.stderr, result.stderr
 
 
 def test_a_triton_kernel_without_a_bound_on_registers_waits_for_its_loads():
-    result = check_gpu("--no-nvcc", "--target", "sm_90", "--dtype", "bfloat16", "--triton-option", "maxnreg=None")
+    of_one = ("--target", "sm_90", "--dtype", "bfloat16", "--op", "noisy_embedding", "--width", "4096")
+    result = check_gpu("--no-nvcc", *of_one, "--triton-option", "maxnreg=None")
     assert result.returncode == 1
     assert "of 4 loads of 16 bytes under way" in result.stderr
 
@@ -71,13 +72,14 @@ if HAS_NVCC:
 
     def test_guards_see_a_bad_cuda_kernel():
         bad = (TOO_FEW_REGISTERS, "--nvcc-flag=-ftz=true", "--max-multiplies", "1")
-        result = check_gpu("--no-triton", "--target", "sm_90", *bad)
+        result = check_gpu("--no-triton", "--target", "sm_90", "--op", "add_noise", *bad)
         assert result.returncode == 1
         for sentence in ("spills", "multiplies", "subnormal"):
             assert sentence in result.stderr, result.stderr
 
     def test_a_kernel_that_does_not_compile():
-        result = check_gpu("--no-triton", "--target", "sm_90", "--nvcc-flag=-DNEFT_NAMESPACE=1")
+        broken = ("--op", "add_noise", "--nvcc-flag=-DNEFT_NAMESPACE=1")
+        result = check_gpu("--no-triton", "--target", "sm_90", *broken)
         assert result.returncode == 1
         assert "nvcc cannot compile" in result.stderr
 

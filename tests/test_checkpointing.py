@@ -188,11 +188,23 @@ def test_a_pass_that_begins_inside_backward_has_noise_of_its_own():
     assert not torch.equal(seen[0], model.region.embedding.weight[IDS])
 
 
-def test_nothing_is_kept_of_ids_that_are_gone():
+def test_a_pass_inside_backward_on_other_ids_does_not_repeat_the_last_one():
     model = replace_embeddings(Model(None, Region)).train()
-    ids = IDS.clone()
-    model(ids).sum().backward()
-    kept = model.region.embedding.noise.first_passes._by_storage
-    assert len(kept) == 1
-    del ids
-    assert len(kept) == 0
+    seen = []
+
+    def run(gradient):
+        with torch.enable_grad():
+            seen.append(model.region.embedding(IDS.flip(1), attention_mask=MASK).detach())
+
+    with no_noise(model):
+        out = model(IDS)
+    out.register_hook(run)
+    out.sum().backward()
+    assert torch.equal((seen[0] != model.region.embedding.weight[IDS.flip(1)]).any(-1), MASK.bool())
+
+
+def test_nothing_is_kept_of_ids_that_are_gone_but_of_the_last():
+    model = replace_embeddings(Model(None, Region)).train()
+    for _ in range(3):
+        model(IDS.clone()).sum().backward()
+        assert len(model.region.embedding.noise.first_passes._by_storage) == 1

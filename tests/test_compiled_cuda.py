@@ -1,4 +1,4 @@
-"""Contract: what nvcc makes of the CUDA kernels gives what neft_kernels.reference gives, bit for bit.
+"""Contract: what nvcc makes of the CUDA kernels gives what neft_kernels.ops.reference gives, bit for bit.
 
 The compiled kernels run on the emulated GPU, in the launches that the launcher would make: every byte of the output is
 written once, nothing beside the tensors is touched, no byte is moved in vain. The sources: test_cuda_sources.py.
@@ -34,6 +34,8 @@ from tools.check_gpu import nvcc
 ELEMENT_NAMES = {torch.float32: "Fp32", torch.float64: "Fp64", torch.float16: "Fp16", torch.bfloat16: "Bf16"}
 ID_NAMES = {None: "RowOfToken", torch.int32: "RowOfIdIi", torch.int64: "RowOfIdIl"}
 TARGET = "compute_90"
+
+pytestmark = pytest.mark.xdist_group("cuda")  # shares `library` and `kernels`
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,14 @@ and seeds, is for the other tests, which `make test` runs there too.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
 from gpu_doubles.emulated_gpu.accesses import SECTOR_BYTES
 from gpu_doubles.emulated_gpu.arithmetic import Unsupported
@@ -116,25 +120,23 @@ def test_ids_out_of_range_make_their_rows_nan_and_read_nothing(dtype):
 def test_magnitudes_of_more_than_two_to_the_31_tokens():
     """The last of 2**20 + 1 rows of 2**11 tokens, of which memory has that one."""
     length, row = 1 << 11, 1 << 20
-    mask = (torch.arange(length) < 700).long()
-    out, scratch = torch.empty(length), torch.empty(length, dtype=torch.int32)
-    counts = torch.zeros(length + 1, dtype=torch.int32)
-    gpu.blocks = [row]
-    try:
-        triton_magnitude.token_magnitude_kernel[(row + 1, 1, 1)](
-            Window(out, row * length, 1 << 44),
-            Window(counts, row * (length + 1), 1 << 45),
-            Window(scratch, row * length, 1 << 46),
-            Window(mask, row * length, 1 << 47),
-            None,
-            *(0, 0x40140000, 64, length),  # alpha 5.0
-            1024,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    finally:
-        gpu.blocks = None
-    assert torch.equal(out, triton_magnitude.token_magnitude(mask, None, 5.0, 64))
+    mask, positions = (torch.arange(length) < 1700).long(), torch.arange(length) % 700
+    for case in ((mask, None), (None, positions), (mask, positions)):
+        out = torch.empty(length)
+        gpu.blocks = [row, 2 * row + 1]  # both tiles
+        try:
+            triton_magnitude.token_magnitude_kernel[(row + 1, 2, 1)](
+                Window(out, row * length, 1 << 44),
+                *(each if each is None else Window(each, row * length, (46 + i) << 40) for i, each in enumerate(case)),
+                *(0, 0x40140000, 64, length),  # alpha 5.0
+                1024,
+                1024,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+        finally:
+            gpu.blocks = None
+        assert torch.equal(out, triton_magnitude.token_magnitude(*case, 5.0, 64))
 
 
 def test_fusing_is_noticed():
@@ -162,18 +164,16 @@ def test_magnitudes(length):
         assert (gpu.launches[-1].times_written("out") == 1).all()
 
 
-def additions(launch):
-    """Atomic ones; some versions of Triton ask for the old values as well, which nobody reads."""
-    return launch.traffic.instructions["red"] + launch.traffic.instructions["atom"]
-
-
-def test_plain_masks_count_without_atomic_additions():
-    """Which would all meet at one address; packed rows spread theirs."""
+def test_magnitudes_take_one_launch_that_waits_for_no_other_program():
+    """Neither atomic additions nor memory that has to be zero."""
     mask = (torch.arange(5000) < torch.tensor([[5000], [1700], [1], [0]])).long()
-    triton_magnitude.token_magnitude(mask, None, 5.0, 64)
-    assert additions(gpu.launches[-1]) == 0
-    triton_magnitude.token_magnitude(mask * 3, None, 5.0, 64)
-    assert additions(gpu.launches[-1]) > 0
+    positions = (torch.arange(5000) % 700).expand(4, 5000).contiguous()
+    for case in ((mask, None), (mask * 3, None), (None, positions), (mask, positions)):
+        gpu.launches.clear()
+        triton_magnitude.token_magnitude(*case, 5.0, 64)
+        (launch,) = gpu.launches
+        assert launch.traffic.instructions["red"] + launch.traffic.instructions["atom"] == 0
+        assert (launch.times_written("out") == 1).all()
 
 
 def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
@@ -192,7 +192,7 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
         (ids, aligned.t().contiguous().t(), None, 3),
         (ids, aligned, torch.rand(7), 3),
         (ids, aligned.bfloat16(), None, 3),
-        (ids, aligned, None, 2**31),  # of 64 bits, so other code, and not kept
+        (ids, aligned, None, 2**31),  # of 64 bits, so other code
     ]
     asked = []
     run = triton_noise.noisy_rows_kernel.run
@@ -201,6 +201,55 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
         for these_ids, rows, per_token, stream in launches:
             out = triton_noise.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
             assert equal_bits(out, reference.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0))
-    kept = len(launches) - 2
-    assert len(triton_noise._compiled) == kept
-    assert len(asked) == kept + 3
+    assert len(triton_noise._compiled) == len(asked) == len(launches) - 1
+
+
+class StubDriver:
+    """Of a GPU that is not there."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return repr(self.target)
+
+
+class StubKernel:
+    def __getitem__(self, grid):
+        return lambda *arguments: None
+
+
+@pytest.mark.parametrize(
+    ("target", "kernels"), [(GPUTarget("hip", "gfx942", 64), 2), (GPUTarget("cuda", 90, 32), 1)], ids=str
+)
+def test_a_kernel_is_not_kept_for_tensors_that_triton_tells_apart(monkeypatch, target, kernels):
+    """On AMD, those of less than 2 GiB, which 32 bits address, from larger ones."""
+    monkeypatch.setattr(triton_noise, "_compiled", {})
+    asked = []
+    kernel = triton_noise.noisy_rows_kernel
+    monkeypatch.setattr(kernel, "run", lambda *a, **k: asked.append(0) or StubKernel())
+    before = driver.active
+    driver.set_active(StubDriver(target))
+    try:
+        small = torch.empty(4, 64, dtype=torch.bfloat16)
+        large = torch.empty(1 << 30, dtype=torch.bfloat16)[:256].view(4, 64)  # of 2 GiB that are never touched
+        for rows in (small, large, small, large):
+            triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)
+    finally:
+        driver.set_active(before)
+    assert len(asked) == len(triton_noise._compiled) == kernels
+
+
+def test_asynchronous_compilation(monkeypatch):
+    """The first launch then gives a promise of the kernel, which later ones cannot be made of."""
+    monkeypatch.setattr(triton_noise, "_compiled", {})
+    rows = table(4, 72, torch.float16)  # of which no other test has a kernel
+    expected = reference.add_noise(rows, SEED, None, 0.1, 0, 0)
+    triton_noise.noisy_rows_kernel.device_caches.clear()
+    with ThreadPoolExecutor(1) as executor, triton.AsyncCompileMode(executor):
+        first = triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)
+    for out in (first, triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)):
+        assert equal_bits(out, expected)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from functorch.compile import aot_function, nop
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers.bits import differing, equal_bits
 from helpers.models import (
@@ -50,8 +51,16 @@ class TestExport:
         exported = torch.export.export(Ops(), inputs, dynamic_shapes=dynamic, strict=strict).module()
         for seed, shape in ((5, (2, 5)), (-(2**63), (2, 5)), (7, (3, 11))):
             inputs = (torch.randint(50, shape), torch.rand(shape), torch.tensor([seed]))
-            for got, want in zip(exported(*inputs), Ops()(*inputs), strict=True):
+            ours = Ops()
+            results = exported(*inputs), ours(*inputs)
+            for got, want in zip(*results, strict=True):
                 assert equal_bits(got, want)
+            for pair, weight in zip(results, (*exported.parameters(), ours.weight), strict=True):
+                weight.grad = None
+                sum(each.tanh().square().sum() for each in pair).backward()
+            (traced,) = exported.parameters()
+            assert ours.weight.grad.any()
+            assert equal_bits(traced.grad, ours.weight.grad)
 
     @pytest.mark.parametrize("make", [noisy_module, noisy_llama])
     def test_a_model_in_training(self, strict, make):
@@ -66,6 +75,45 @@ class TestExport:
             first, second, eager = first.logits, second.logits, eager.logits
         assert equal_bits(first, eager)
         assert not torch.equal(first, second)
+        grads = []
+        for out, module in ((first, exported), (eager, network)):
+            module.zero_grad()
+            out.square().sum().backward()
+            grads.append({name: parameter.grad for name, parameter in module.named_parameters()})
+        # The program's own kernels may add up in another order; a table without a gradient would be off by all of it.
+        for name, parameter in grads[1].items():
+            torch.testing.assert_close(grads[0][name], parameter)
+
+
+OPTIONS = [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True, "padding_idx": 3}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_traced_graph_has_the_gradient_of_the_eager_op(options):
+    """Exported, and by make_fx: the ops that the graphs hold know their gradients, options and all."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(WEIGHT.clone())
+
+        def forward(self, ids, seed):
+            return noisy_embedding(ids, self.weight, 0.1, seed=seed, **options).tanh()
+
+    inputs = (IDS, torch.tensor([5]))
+    graphs = [torch.export.export(Model(), inputs, strict=strict).module() for strict in (True, False)]
+    weight = WEIGHT.clone().requires_grad_()
+    traced = make_fx(lambda weight: noisy_embedding(IDS, weight, 0.1, seed=5, **options).tanh())(WEIGHT)
+    eager = Model()
+    eager(*inputs).square().sum().backward()
+    want = eager.weight.grad.to_dense()
+    assert want.any()
+    traced(weight).square().sum().backward()
+    assert equal_bits(weight.grad.to_dense(), want)
+    for graph in graphs:
+        graph(*inputs).square().sum().backward()
+        (parameter,) = graph.parameters()
+        assert equal_bits(parameter.grad.to_dense(), want)
 
 
 def test_an_exported_model_serves_other_batches():

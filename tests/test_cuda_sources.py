@@ -32,6 +32,8 @@ from neft_kernels.ops import reference
 KNOWN_ANSWERS = json.loads((Path(__file__).parent / "vectors" / "philox4x32_10.json").read_text())
 FAULT = -1
 
+pytestmark = pytest.mark.xdist_group("cuda")  # shares `library`
+
 
 # --- csrc/noise.h ----------------------------------------------------------------------------------------------------
 

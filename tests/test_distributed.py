@@ -26,6 +26,8 @@ from neft_kernels import (
 )
 from neft_kernels.models.sharding import Part, in_parts
 
+pytestmark = pytest.mark.xdist_group("distributed")  # shares `directory`
+
 PROGRAMS = Path(__file__).parent / "distributed_runs"
 TIME_LIMIT = 600  # seconds; what hangs fails
 
@@ -64,9 +66,11 @@ def directory(tmp_path_factory):
 
 
 def test_two_processes(directory):
-    """Sequence and tensor parallelism, replicas, DDP, FSDP2, torch.compile."""
-    names = passed(*launch(2, "run.py", directory, "sequence_parallel", "tensor_parallel", "training", "compiled"))
+    """Sequence and tensor parallelism, replicas, DDP, FSDP2, torch.compile; the Trainer and accelerate with DDP and FSDP2."""
+    modules = ("sequence_parallel", "tensor_parallel", "training", "compiled", "trainers")
+    names = passed(*launch(2, "run.py", directory, *modules))
     assert "training.save" in names
+    assert {name.partition(".")[0] for name in names} == set(modules)
 
 
 def test_four_processes(directory):
@@ -74,11 +78,6 @@ def test_four_processes(directory):
     assert (directory / "checkpoint").is_dir(), "needs the checkpoint of test_two_processes"
     names = passed(*launch(4, "run.py", directory, "sequence_parallel", "tensor_parallel", "training"))
     assert "training.resume" in names
-
-
-def test_trainers(directory):
-    """The Trainer with DDP, accelerate with DDP and FSDP2."""
-    passed(*launch(2, "run.py", directory, "trainers"))
 
 
 def test_a_rank_that_fails_ends_the_run():

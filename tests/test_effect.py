@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, ru
 from experiments.effect.prepare import prepare
 from experiments.effect.training import document_lengths, fine_tune
 
+pytestmark = pytest.mark.xdist_group("effect")  # shares `prepared` and `tuned`
+
 TINY = PRESETS["tiny"]
 MODULES = ("fractions.py", "pathlib.py", "random.py", "shutil.py", "textwrap.py")
 
@@ -35,8 +38,13 @@ def library(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def prepared(library, tmp_path_factory):
-    return prepare(TINY, tmp_path_factory.mktemp("cache"), library)
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def prepared(library, cache):
+    return prepare(TINY, cache, library)
 
 
 @pytest.mark.parametrize(
@@ -143,35 +151,37 @@ def test_packed_documents_do_not_see_each_other(prepared):
         assert not torch.equal(logits[length:], others[length:])  # so the positions are what keeps them apart
 
 
-@pytest.fixture
-def batches(monkeypatch):
-    """The batches that collators made, in order."""
-    made = []
-    for name in ("DataCollatorForSeq2Seq", "DataCollatorWithFlattening"):
+@pytest.fixture(scope="module")
+def tuned(prepared, tmp_path_factory):
+    """All runs of seed 0 and one of another, over two epochs: the result of each, and the batches that it was trained on."""
+    found, batches = {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DataCollatorForSeq2Seq", "DataCollatorWithFlattening"):
 
-        class Recording(getattr(effect_training, name)):
-            def __call__(self, *args, **kwargs):
-                batch = super().__call__(*args, **kwargs)
-                made.append(batch["input_ids"])
-                return batch
+            class Recording(getattr(effect_training, name)):
+                def __call__(self, *args, **kwargs):
+                    batch = super().__call__(*args, **kwargs)
+                    batches.append(batch["input_ids"])
+                    return batch
 
-        monkeypatch.setattr(effect_training, name, Recording)
-    return made
+            patch.setattr(effect_training, name, Recording)
+        for run in [*(run for run in runs(TINY) if run.seed == 0), Run(PADDED, OURS, 0, 1)]:
+            batches.clear()
+            result = fine_tune(replace(TINY, epochs=2), run, prepared, tmp_path_factory.mktemp("tuned"))
+            found[run] = result, batches[: result["updates"]]
+    return found
 
 
-def test_conditions_differ_in_nothing_but_the_noise(prepared, batches, tmp_path):
+def test_conditions_differ_in_nothing_but_the_noise(tuned):
     """For one seed, all conditions see the same documents in the same updates; another seed, others.
 
     Without noise, packed and padded training are the same but for rounding, here by less than 1e-6 of the loss: float32
     rounds by 6e-8, and the 6 updates together move the loss by no more than 1e-2 of itself.
     """
-    preset = replace(TINY, epochs=2)
-    seen, found = {}, {}
-    for run in [*(run for run in runs(preset) if run.seed == 0), Run(PADDED, OURS, 0, 1)]:
-        batches.clear()
-        found[run] = fine_tune(preset, run, prepared, tmp_path)
-        updates = batches[: found[run]["updates"]]
-        seen[run] = [[token for token in batch.flatten().tolist() if token] for batch in updates]
+    seen = {
+        run: [[token for token in batch.flatten().tolist() if token] for batch in updates]
+        for run, (_, updates) in tuned.items()
+    }
     order = seen[Run(PADDED, OURS, 0, 0)]
     assert len(order) == 6
     assert order[:3] != order[3:]
@@ -179,19 +189,18 @@ def test_conditions_differ_in_nothing_but_the_noise(prepared, batches, tmp_path)
     for run, updates in seen.items():
         assert (updates == order) == (run.seed == 0)
         assert (sorted(itertools.chain.from_iterable(updates)) == pairs) == (run.seed == 0)
-    losses = {run: result["outcomes"]["held_out_loss"] for run, result in found.items()}
+    losses = {run: result["outcomes"]["held_out_loss"] for run, (result, _) in tuned.items()}
     assert losses[Run(PACKED, OURS, 0, 0)] == pytest.approx(losses[Run(PADDED, OURS, 0, 0)], rel=1e-6)
     assert len(set(losses.values())) >= 5  # noise and seed do change it
 
 
-def test_noise_has_the_size_it_should_have(prepared, tmp_path):
+def test_noise_has_the_size_it_should_have(tuned):
     """Ours is scaled by each document's length in both layouts, and spares padding; the hook's by the row's length.
 
     The mean square of n uniform variables is within 5 standard errors, 5 sqrt(4/5 / n), of theirs; n is above 100 x 32.
     """
     tolerance = 5 * math.sqrt(0.8 / 3200) / 2
-    for run in (run for run in runs(TINY) if run.seed == 0):
-        result = fine_tune(TINY, run, prepared, tmp_path)
+    for run, (result, _) in tuned.items():
         first = result["first_update"]
         assert first["documents"] == TINY.update_pairs
         assert first["padding_noise_rms"] == 0
@@ -205,11 +214,12 @@ def test_noise_has_the_size_it_should_have(prepared, tmp_path):
         assert first["noise_rms"] == pytest.approx(right, rel=tolerance)
 
 
-def test_an_experiment_goes_on_where_it_was(library, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("prepared")  # so that `cache` has the pretrained model
+def test_an_experiment_goes_on_where_it_was(library, cache, tmp_path, monkeypatch):
     """All runs are recorded once; a second call repeats none; one whose record was cut off midway is done again."""
     monkeypatch.setattr(effect, "RESULTS", tmp_path / "results")
     path = tmp_path / "results" / "effect.jsonl"
-    effect.experiment(TINY, 1, tmp_path / "cache", library)
+    effect.experiment(TINY, 1, cache, library)
     lines = path.read_text().splitlines()
     start = json.loads(lines[0])["start"]
     assert len(lines) == 1 + len(runs(TINY))
@@ -217,14 +227,16 @@ def test_an_experiment_goes_on_where_it_was(library, tmp_path, monkeypatch):
 
     before = path.read_bytes()
     monkeypatch.setattr(effect, "work", None)  # whatever would run now, fails
-    effect.experiment(TINY, 1, tmp_path / "cache", library)
+    effect.experiment(TINY, 1, cache, library)
     assert path.read_bytes() == before
     monkeypatch.undo()
 
     monkeypatch.setattr(effect, "RESULTS", tmp_path / "results")
     path.write_bytes(before[:-100])
     assert len(effect.pending(TINY, start)) == 1
-    effect.experiment(TINY, 1, tmp_path / "cache", library)
+    # That workers are processes was seen above; starting one takes longer than the run.
+    monkeypatch.setattr(effect, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    effect.experiment(TINY, 1, cache, library)
     assert effect.pending(TINY, start) == []
     again, first = json.loads(path.read_text().splitlines()[-1]), json.loads(lines[-1])
     assert again["outcomes"] == first["outcomes"]  # the same run, so the same result

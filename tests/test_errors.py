@@ -186,6 +186,7 @@ def test_every_backend_checks_values_on_the_cpu(backend):
         add_noise(EMBEDS, torch.tensor([1.0, -1.0, 3.0]), backend=backend)
 
 
+@pytest.mark.cpu_extension
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_the_default_dtype_plays_no_part(dtype):
     torch.set_default_dtype(dtype)
@@ -217,7 +218,10 @@ def test_a_backend_that_cannot_run_says_why():
     ("switch", "value", "message"),
     [
         ("NEFT_KERNELS_BACKEND", "tpu", "tpu"),
-        ("NEFT_KERNELS_INSTRUCTION_SET", "sse9", "NEFT_KERNELS_INSTRUCTION_SET.*sse9"),
+        pytest.param(
+            *("NEFT_KERNELS_INSTRUCTION_SET", "sse9", "NEFT_KERNELS_INSTRUCTION_SET.*sse9"),
+            marks=pytest.mark.cpu_extension,
+        ),
     ],
 )
 def test_a_bad_switch_is_refused(switch, value, message):

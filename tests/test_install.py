@@ -8,7 +8,6 @@ files, every check of its outcome in a fresh interpreter that starts elsewhere a
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,10 +20,14 @@ import pytest
 import neft_kernels
 from neft_kernels.ops.native import load
 
+pytestmark = pytest.mark.xdist_group("install")  # shares `source_distribution` and `compiled`
+
 REPOSITORY = Path(__file__).parent.parent
 VECTORS = REPOSITORY / "tests" / "vectors" / "contract_vectors.json"
 # Mangled names, and those of their types and tables, in torch's namespaces.
 CPP_OF_TORCH = re.compile(r"_Z(T[ISTV])?(NK?)?(2at|3c10|5torch|8pybind11)")
+# The newest versions of the system's symbols that manylinux_2_28 allows.
+NEWEST_SYMBOLS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
 
 USE = """
@@ -124,7 +127,7 @@ def check_pure(outcome):
     devices, chosen_for, detail = outcome["backends"]["cpu"]
     assert (devices, chosen_for) == ([], [])
     assert "not built" in detail
-    assert "NEFT_KERNELS_BUILD" in detail
+    assert detail.endswith("NEFT_KERNELS_BUILD=cpu pip install --no-build-isolation .")
     assert "cpu" in outcome["backends"]["reference"][1]
     assert outcome["cpu"].startswith("RuntimeError: backend='cpu' cannot run here (the extension was not built")
     check_works(outcome)
@@ -167,7 +170,7 @@ def source_distribution(tmp_path_factory):
 def compiled(source_distribution, tmp_path_factory):
     """The wheel with the kernels, from the source distribution."""
     out = tmp_path_factory.mktemp("compiled")
-    return only_wheel(build(source_distribution, out, "--no-build-isolation", NEFT_KERNELS_BUILD="1"), out)
+    return only_wheel(build(source_distribution, out, "--no-build-isolation", NEFT_KERNELS_BUILD="cpu"), out)
 
 
 def test_the_source_distribution_has_what_its_readme_and_its_tests_name(source_distribution):
@@ -225,7 +228,7 @@ def test_the_compiled_wheel_serves_every_python_and_works(compiled, tmp_path):
 def test_the_compiled_wheel_keeps_to_the_stable_abi(compiled, tmp_path):
     """It asks torch for C functions only: whatever else torch exports is C++, which changes from version to version."""
     unpack(compiled, tmp_path)
-    extension = tmp_path / "neft_kernels" / "_C_cpu.abi3.so"
+    extension = tmp_path / "neft_kernels" / "ops" / "_C_cpu.abi3.so"
     listed = subprocess.run(["nm", "-D", "--undefined-only", extension], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
@@ -240,6 +243,42 @@ def test_a_cpp_symbol_of_torch_is_found():
     assert not CPP_OF_TORCH.match("aoti_torch_get_dim")
 
 
+def too_new(library):
+    """The symbols that `library` asks for and that a system of manylinux_2_28 may lack."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    found = re.findall(r"(\S+)@([A-Z]+)_([\d.]+)$", listed.stdout, re.MULTILINE)
+    assert found
+    return [name for name, family, version in found if tuple(map(int, version.split("."))) > NEWEST_SYMBOLS[family]]
+
+
+def test_the_compiled_wheel_asks_for_no_newer_system_than_manylinux_2_28(compiled, tmp_path):
+    unpack(compiled, tmp_path)
+    assert not too_new(tmp_path / "neft_kernels" / "ops" / "_C_cpu.abi3.so")
+
+
+def test_torchs_newer_headers_ask_for_no_newer_system_either(tmp_path):
+    """They call dlsym. Without csrc/glibc.cpp, a machine with a new glibc links it and what libstdc++ reads as they are."""
+    uses = tmp_path / "uses.cpp"
+    uses.write_text(
+        "#include <dlfcn.h>\n#include <memory>\n"
+        'extern "C" void* uses(std::shared_ptr<int>& a) { auto b = a; return dlsym(RTLD_DEFAULT, "malloc"); }\n'
+        "int main() { auto a = std::make_shared<int>(1); return uses(a) == nullptr || a.use_count() != 1; }\n"
+    )
+    ours = REPOSITORY / "csrc" / "glibc.cpp"
+    for sources in ([uses], [uses, ours]):
+        subprocess.run(["c++", "-O2", "-shared", "-fPIC", *sources, "-o", tmp_path / "uses.so"], check=True)
+        newer = too_new(tmp_path / "uses.so")
+        assert set(newer) <= ({"dlsym", "__libc_single_threaded"} if sources == [uses] else set())
+    subprocess.run(["c++", "-O2", uses, ours, "-o", tmp_path / "uses"], check=True)
+    subprocess.run([tmp_path / "uses"], check=True)
+
+
+def test_a_symbol_that_is_too_new_is_found(compiled, tmp_path, monkeypatch):
+    unpack(compiled, tmp_path)
+    monkeypatch.setitem(NEWEST_SYMBOLS, "GLIBC", (2, 2))
+    assert "memcpy" in too_new(tmp_path / "neft_kernels" / "ops" / "_C_cpu.abi3.so")
+
+
 def test_asking_for_the_kernels_without_a_compiler_is_an_error(source, tmp_path):
     done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="1", **NO_COMPILER)
     assert done.returncode != 0
@@ -252,70 +291,117 @@ def test_without_a_compiler_and_unasked_the_build_is_pure_python_and_works(sourc
     check_pure(use(tmp_path / "installed", tmp_path / "elsewhere", ""))
 
 
-def test_the_kernels_can_be_declined(source, tmp_path):
-    """Although torch is there."""
-    done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="0")
-    assert only_wheel(done, tmp_path / "out").name.endswith("-py3-none-any.whl")
-
-
-def test_any_other_value_of_the_switch_is_an_error(source, tmp_path):
-    done = build(source, tmp_path / "out", "--no-build-isolation", NEFT_KERNELS_BUILD="banana")
-    assert done.returncode != 0
-    assert "NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'" in done.stdout
-
-
 @pytest.fixture
-def modules_built(monkeypatch):
-    """The extensions that setup.py would build, by name: for NEFT_KERNELS_BUILD, the CUDA toolkit's home, and torch's CUDA."""
+def modules_built(monkeypatch, tmp_path):
+    """The extensions that setup.py would build, by name, on a machine without a CUDA toolkit but those the test makes."""
     import setuptools
     import torch
     from torch.utils import cpp_extension
 
-    def ask(wanted, cuda_home, cuda="13.0"):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    usual = str(tmp_path / "usual")
+    # What setup.py calls the usual place, as this machine may have a toolkit there.
+    setup_py = (REPOSITORY / "setup.py").read_text().replace('"/usr/local/cuda"', repr(usual))
+    assert usual in setup_py
+
+    def ask(wanted, cuda="13.0"):
         asked = []
-        monkeypatch.chdir(REPOSITORY)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", cuda_home)
-        monkeypatch.setattr(
-            cpp_extension, "CUDAExtension", cpp_extension.CppExtension
-        )  # which would look for libraries
         monkeypatch.setattr(setuptools, "setup", lambda **options: asked.append(options))
         monkeypatch.setenv("NEFT_KERNELS_BUILD", wanted)
-        runpy.run_path("setup.py")
+        exec(compile(setup_py, "setup.py", "exec"), {"__name__": "__main__"})
         return {module.name.rpartition("_")[2]: module for module in asked[0].get("ext_modules", [])}
 
     return ask
 
 
+def make_toolkit(home, libraries="lib64", major=13):
+    """What setup.py looks for in a CUDA toolkit."""
+    for name in ("bin/nvcc", f"{libraries}/libcudart.so", f"{libraries}/libcudart.so.{major}"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch(mode=0o755)
+
+
 @pytest.mark.parametrize(
-    ("wanted", "cuda_home", "cuda", "expected"),
+    ("wanted", "toolkit", "cuda", "expected"),
     [
-        ("", None, "13.0", ["cpu"]),
-        ("", "/usr", "13.0", ["cpu", "cuda"]),
-        ("", "/usr", None, ["cpu"]),
-        ("1", "/usr", "13.0", ["cpu", "cuda"]),
-        ("1", "/usr", None, ["cpu"]),
-        ("1", None, None, ["cpu"]),
-        ("cpu", "/usr", "13.0", ["cpu"]),
-        ("cpu", None, "13.0", ["cpu"]),
-        ("0", "/usr", "13.0", []),
+        ("", False, "13.0", ["cpu"]),
+        ("", True, "13.0", ["cpu", "cuda"]),
+        ("", True, None, ["cpu"]),
+        ("1", True, "13.0", ["cpu", "cuda"]),
+        ("1", True, None, ["cpu"]),
+        ("1", False, None, ["cpu"]),
+        ("cpu", True, "13.0", ["cpu"]),
+        ("cpu", False, "13.0", ["cpu"]),
+        ("0", True, "13.0", []),
     ],
 )
-def test_which_extensions_are_built(modules_built, monkeypatch, capsys, wanted, cuda_home, cuda, expected):
+def test_which_extensions_are_built(modules_built, tmp_path, capsys, wanted, toolkit, cuda, expected):
     """What was asked for must be built, the rest may fail; and what is left out unasked is said."""
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    modules = modules_built(wanted, cuda_home, cuda)
+    if toolkit:
+        make_toolkit(tmp_path / "usual")
+    modules = modules_built(wanted, cuda)
     assert list(modules) == expected
     assert all(module.optional == (not wanted) for module in modules.values())
-    assert ("the CUDA extension is left out" in capsys.readouterr().err) == (
-        (wanted, cuda_home, cuda) == ("", None, "13.0")
-    )
+    left_out = (wanted, toolkit, cuda) == ("", False, "13.0")
+    assert ("the CUDA extension is left out: no CUDA 13 toolkit" in capsys.readouterr().err) == left_out
 
 
-def test_every_extension_keeps_to_the_contract_and_to_the_stable_abi(modules_built, monkeypatch):
+def cuda_home_and_libraries(modules):
+    from torch.utils import cpp_extension
+
+    return Path(cpp_extension.CUDA_HOME), Path(modules["cuda"].library_dirs[0])
+
+
+@pytest.mark.parametrize("libraries", ["lib64", "lib", "targets/x86_64-linux/lib", "lib/x86_64-linux-gnu"])
+def test_the_cuda_toolkit_is_the_one_that_is_named(modules_built, tmp_path, monkeypatch, libraries):
+    """And its libraries lie where any of the usual packages puts them."""
+    make_toolkit(tmp_path / "usual")
+    make_toolkit(tmp_path / "named", libraries)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "named"))
+    assert cuda_home_and_libraries(modules_built("1")) == (tmp_path / "named", tmp_path / "named" / libraries)
+
+
+def test_the_cuda_toolkit_is_the_one_that_a_link_to_nvcc_leads_to(modules_built, tmp_path):
+    make_toolkit(tmp_path / "usual")
+    make_toolkit(tmp_path / "elsewhere")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(tmp_path / "elsewhere" / "bin" / "nvcc")
+    assert cuda_home_and_libraries(modules_built("1"))[0] == tmp_path / "elsewhere"
+
+
+def test_the_cuda_toolkit_is_the_usual_one_where_nvcc_is_a_script(modules_built, tmp_path):
+    """torch would take the folder above the script's, which has no libcudart."""
+    make_toolkit(tmp_path / "usual")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    assert cuda_home_and_libraries(modules_built("1"))[0] == tmp_path / "usual"
+
+
+@pytest.mark.parametrize("found", ["nothing", "nvcc alone", "another major version"])
+def test_a_missing_cuda_toolkit_is_an_error_where_the_extensions_were_asked_for(
+    modules_built, tmp_path, monkeypatch, found
+):
+    """Before anything is compiled; and a toolkit that is named is not replaced by the usual one."""
+    if found != "nothing":
+        make_toolkit(tmp_path / "usual")
+        make_toolkit(tmp_path / "named", major=12)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path / "named"))
+    if found == "nvcc alone":
+        shutil.rmtree(tmp_path / "named" / "lib64")
+    with pytest.raises(SystemExit, match=r"no CUDA 13 toolkit.*set CUDA_HOME.*NEFT_KERNELS_BUILD=cpu"):
+        modules_built("1")
+
+
+def test_every_extension_keeps_to_the_contract_and_to_the_stable_abi(modules_built, tmp_path):
     """No compiler may fuse a multiplication and an addition, whoever compiles; every header that changes is compiled again."""
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    for name, module in modules_built("1", "/usr").items():
+    make_toolkit(tmp_path / "usual")
+    for name, module in modules_built("1").items():
         given = module.extra_compile_args
         by_compiler = given if isinstance(given, dict) else {"cxx": given}
         for compiler, flags in by_compiler.items():
@@ -326,27 +412,38 @@ def test_every_extension_keeps_to_the_contract_and_to_the_stable_abi(modules_bui
             assert "-DPy_LIMITED_API=0x030A0000" in flags
             assert ("-DUSE_CUDA" in flags) == (name == "cuda")
         assert module.py_limited_api
+        assert "csrc/glibc.cpp" in module.sources
         assert set(module.depends) >= {str(path) for path in Path("csrc").rglob("*.*h")}
 
 
 @pytest.mark.parametrize("given", [None, "9.0"])
-def test_the_architectures_are_those_that_one_names_or_all(modules_built, monkeypatch, given):
+def test_the_architectures_are_those_that_one_names_or_all(modules_built, tmp_path, monkeypatch, given):
+    make_toolkit(tmp_path / "usual")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given or "")
     if given is None:
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    modules_built("1", "/usr")
-    assert os.environ["TORCH_CUDA_ARCH_LIST"] == (given or "8.0;9.0;10.0;12.0+PTX")
+    modules_built("1")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == (given or "7.5;8.0;9.0;10.0;12.0+PTX")
 
 
 def test_an_extension_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_C_broken.py").write_text("raise ImportError('undefined symbol: aoti_torch_no_more')")
-    monkeypatch.setattr(neft_kernels, "__path__", [*neft_kernels.__path__, str(tmp_path)])
+    monkeypatch.setattr(neft_kernels.ops, "__path__", [*neft_kernels.ops.__path__, str(tmp_path)])
     assert load("broken") == (None, "the extension does not load: undefined symbol: aoti_torch_no_more")
-    module, reason = load("nowhere")
+
+
+@pytest.mark.parametrize(("name", "switch"), [("cpu", "cpu"), ("cuda", "1")])
+def test_an_extension_that_was_not_built_says_how_to_build_it(monkeypatch, name, switch):
+    monkeypatch.setattr(neft_kernels.ops, "__path__", [])
+    monkeypatch.delitem(sys.modules, f"neft_kernels.ops._C_{name}", raising=False)
+    module, reason = load.__wrapped__(name)
     assert module is None
-    assert reason.startswith("the extension was not built")
+    assert reason == (
+        f"the extension was not built in {REPOSITORY / 'neft_kernels'}; build it in a checkout: "
+        f"NEFT_KERNELS_BUILD={switch} pip install --no-build-isolation --editable ."
+    )
 
 
-def test_a_missing_cuda_toolkit_is_an_error_where_the_extensions_were_asked_for(modules_built):
-    with pytest.raises(SystemExit, match=r"no CUDA toolkit is found.*NEFT_KERNELS_BUILD=cpu"):
-        modules_built("1", None)
+def test_any_other_value_of_the_switch_is_an_error(modules_built):
+    with pytest.raises(SystemExit, match="NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'"):
+        modules_built("banana")

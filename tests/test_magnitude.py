@@ -42,20 +42,6 @@ def test_without_masks_it_is_one_number_for_both_scales():
         assert noise_magnitude(ids(7), D, ALPHA, scale_by=scale_by) == ALPHA / math.sqrt(7 * D)
 
 
-def test_agrees_with_the_hugging_face_hook():
-    """scale_by="batch" is the hook's rule; the hook computes it in float32, so half a unit in the last place apart."""
-    torch.manual_seed(0)
-    embeds = torch.zeros(2, 9, D)
-    module = torch.nn.Identity().train()
-    module.neftune_noise_alpha = ALPHA
-    from transformers.integrations.neftune import neftune_post_forward_hook
-
-    largest = max(neftune_post_forward_hook(module, (), embeds).abs().max().item() for _ in range(200))
-    magnitude = noise_magnitude(ids(2, 9), D, ALPHA, scale_by="batch")
-    # The largest of n uniform draws on [0, m] is below m (1 - t) with probability (1 - t)**n; n = 57600, t = 0.001: 1e-25.
-    assert 0.999 * magnitude < largest <= magnitude * (1 + 2**-23)
-
-
 def test_padding_left_right_and_whole_rows():
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
     want = lengths([3, 3, 3, 0], [0, 0, 2, 2], [4, 4, 4, 4], [0, 0, 0, 0])
@@ -89,6 +75,35 @@ def test_packed_by_position_ids():
     assert torch.equal(noise_magnitude(ids(2, 6), D, ALPHA, position_ids=positions[0]), want[:1].expand(2, 6))
     offset = torch.tensor([[7, 8, 9, 3, 0, 1]])
     assert torch.equal(noise_magnitude(ids(1, 6), D, ALPHA, position_ids=offset), want[:1])
+
+
+ONES = [1] * 6
+#: Positions, the mask or None, and the length of each token's sequence, 0 for padding.
+POSITIONS = {
+    "a jump ahead beside a mask": ([0, 1, 2, 1000, 1001, 1002], ONES, [6] * 6),
+    "a repeated position beside a mask": ([0, 1, 1, 1, 2, 3], ONES, [6] * 6),
+    "packed beside a mask of ones": ([0, 1, 2, 0, 1, 2], ONES, [3] * 6),
+    "positions that decrease beside a mask": ([5, 6, 7, 3, 4, 5], ONES, [3] * 6),
+    "padding on the left beside its mask": ([1, 1, 1, 0, 1, 2], [0, 0, 0, 1, 1, 1], [0, 0, 0, 3, 3, 3]),
+    "padding on the left without a mask": ([1, 1, 1, 0, 1, 2], None, [0, 0, 0, 3, 3, 3]),
+    "one token of padding on the left": ([1, 0, 1, 2, 3, 4], None, [0, 5, 5, 5, 5, 5]),
+    "padding on the right without a mask": ([0, 1, 2, 1, 1, 1], None, [3, 3, 3, 0, 0, 0]),
+    "a jump ahead without a mask": ([0, 1, 2, 1000, 1001, 1002], None, [3] * 6),
+    "packed padding with a mask of 1 and position 0": ([0, 1, 2, 0, 0, 0], ONES, [3, 3, 3, 0, 0, 0]),
+    "one token of packed padding": ([0, 1, 0, 1, 2, 0], ONES, [2, 2, 3, 3, 3, 0]),
+    "sequences of one token inside": ([0, 0, 0, 1, 2, 3], ONES, [1, 1, 4, 4, 4, 4]),
+    "nothing but packed padding": ([0] * 6, ONES, [0] * 6),
+    "one token behind padding that the mask tells": ([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]),
+    "packed padding before padding that the mask tells": ([0, 1, 2, 0, 0, 0], [1, 1, 1, 1, 0, 0], [3, 3, 3, 1, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_where_a_sequence_begins_and_what_is_padding_by_position(case):
+    positions, mask, want = POSITIONS[case]
+    given = {} if mask is None else {"attention_mask": torch.tensor([mask])}
+    got = noise_magnitude(ids(1, 6), D, ALPHA, position_ids=torch.tensor([positions]), **given)
+    assert torch.equal(got, lengths(want))
 
 
 def test_packed_and_padded():
@@ -218,6 +233,43 @@ def test_kernels_give_the_bits_of_plain_torch(computed_by, monkeypatch):
             want = noise_magnitude(tokens, 48, 7.3, **case)
         assert got.dtype == torch.float32
         assert torch.equal(got, want), case
+
+
+def test_sequences_that_end_in_another_tile(computed_by, monkeypatch):
+    """Tiles of a few tokens, so that sequences begin and end in any of them, and lie in parts of several."""
+    if computed_by == "triton":
+        from neft_kernels.ops import triton_magnitude
+
+        monkeypatch.setattr(triton_magnitude, "MOST_TOKENS", 8)
+        monkeypatch.setattr(triton_magnitude, "MOST_TOKENS_AT_ONCE", 16)
+    generator = torch.Generator().manual_seed(3)
+    for mean, length in ((2, 61), (20, 61), (100, 64), (7, 8), (3, 17)):
+        starts = (torch.rand(6, length, generator=generator) < 1 / mean).long()
+        numbers = starts.cumsum(-1)
+        positions = torch.arange(length) - (torch.arange(length) * starts).cummax(-1).values
+        ends = torch.randint(length + 1, (6, 1), generator=generator)
+        padded = torch.arange(length) >= ends
+        shuffled = torch.randperm(length + 1, generator=generator)[numbers]  # the numbers in any order
+        holes = torch.rand(6, length, generator=generator) < 0.3
+        cases = [
+            {"attention_mask": each.masked_fill(padded, 0)}
+            for each in (numbers + 1, shuffled, holes.long(), numbers % 3)
+        ]
+        cases += [{"position_ids": each} for each in (positions, positions.masked_fill(padded, 0), positions.flip(-1))]
+        left = positions.masked_fill(~padded, 1)  # padding, as transformers numbers it
+        cases += [{"position_ids": each} for each in (left, positions.masked_fill(holes, 1))]
+        repeated = positions // 2
+        cases += [
+            {"position_ids": each, "attention_mask": mask.long()}
+            for each in (positions, repeated, 3 * positions)
+            for mask in (~padded, holes, padded)
+        ]
+        for case in cases:
+            got = noise_magnitude(ids(6, length), 48, 7.3, **case)
+            with monkeypatch.context() as patched:
+                patched.setattr(magnitude_module, "magnitude_kernel", lambda *_: None)
+                want = noise_magnitude(ids(6, length), 48, 7.3, **case)
+            assert torch.equal(got, want), case
 
 
 def test_every_bit_of_alpha_counts():

@@ -46,6 +46,16 @@ def test_opcheck(backend):
         assert set(result.values()) == {"SUCCESS"}, (op, args)
 
 
+def test_opcheck_of_the_gradient():
+    for grad, ids in (
+        (torch.randn(2, 3, 6), torch.tensor([[1, 2, 2], [3, 8, 0]])),
+        (torch.randn(4, 6).half(), torch.arange(4)),
+    ):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        result = torch.library.opcheck(OVERLOADS["embedding_grad"]["cpu"], (grad, ids, 9, 2, True), test_utils=tests)
+        assert set(result.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("backend", [None, *CPU_BACKENDS])
 def test_meta_tensors(backend):
     ids, weight = torch.empty(3, 4, dtype=torch.int64, device="meta"), torch.empty(9, 6, device="meta")
@@ -117,6 +127,7 @@ def test_seeds_use_all_64_bits():
     assert ((bits.sum(0) - 200).abs() <= 60).all()
 
 
+@pytest.mark.cpu_extension
 def test_available_backends_and_the_automatic_choice(caplog, monkeypatch):
     found = {backend.name: backend for backend in available_backends()}
     assert tuple(found) == backends.BACKENDS
@@ -163,6 +174,7 @@ def machine(monkeypatch):
     backends.forget_choices()
 
 
+NO_TRITON = 'triton is not installed: pip install "neft-kernels[triton]"'
 CPU_EXTENSION, CUDA_EXTENSION = SimpleNamespace(instruction_set=lambda: "avx2"), SimpleNamespace()
 ALL = {"gpu": True, "triton": True, "cuda": CUDA_EXTENSION, "cpu": CPU_EXTENSION}
 #: What a machine has, the choices for CPU and CUDA tensors, and what is said of each backend.
@@ -172,20 +184,20 @@ MACHINES = {
         {},
         "reference",
         None,
-        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+        [NO_TRITON, "the reason for CUDA", "the reason for the CPU", "plain torch"],
     ),
     "no GPU": ({**ALL, "gpu": False}, "cpu", None, ["no GPU", "no GPU", "avx2", "plain torch"]),
     "no Triton": (
         {**ALL, "triton": False},
         "cpu",
         "cuda",
-        ["triton is not installed", "CUDA C++", "avx2", "plain torch"],
+        [NO_TRITON, "CUDA C++", "avx2", "plain torch"],
     ),
     "a GPU alone": (
         {"gpu": True},
         "reference",
         "reference",
-        ["triton is not installed", "the reason for CUDA", "the reason for the CPU", "plain torch"],
+        [NO_TRITON, "the reason for CUDA", "the reason for the CPU", "plain torch"],
     ),
     "Triton interpreted": (
         {**ALL, "interpret": True, "cuda": None},
@@ -227,11 +239,36 @@ def test_what_is_asked_for_comes_before_what_is_preferred(machine):
         choose_backend("cpu")
 
 
-def test_on_any_other_device_it_is_the_reference(machine):
+def test_on_any_other_device_it_is_the_reference_with_a_warning(machine, caplog):
+    """Which is slower there too than the hook that the package replaces."""
     machine(**ALL)
+    choose_backend("mps", "reference")
+    assert not caplog.records
+    choose_backend("mps")
+    (record,) = caplog.records
+    assert (record.levelname, record.message) == (
+        "WARNING",
+        "backend 'reference' for mps tensors: plain torch; slow; there is no kernel for mps devices",
+    )
     assert choose_backend("mps") == choose_backend("mps", "reference") == "reference"
     with pytest.raises(RuntimeError, match=r"backend='cpu' runs on cpu tensors, not on mps ones \(avx2\)"):
         choose_backend("mps", "cpu")
+
+
+@pytest.mark.parametrize(("vendors", "expected"), [(("nvidia", "intel"), "triton"), (("nvidia", "amd"), "reference")])
+def test_triton_serves_intel_gpus_where_it_says_that_it_can(machine, monkeypatch, caplog, vendors, expected):
+    machine(triton=True)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "triton_has", lambda vendor: vendor in vendors)
+    assert choose_backend("xpu") == expected
+    assert [record.levelname for record in caplog.records] == (["WARNING"] if expected == "reference" else [])
+    assert magnitude_kernel("xpu", None) is OVERLOADS["token_magnitude"].get(expected)
+    assert ("xpu" in available_backends()[0].devices) == (expected == "triton")
+
+
+def test_what_triton_compiles_for():
+    assert backends.triton_has("nvidia")
+    assert not backends.triton_has("no such vendor")
 
 
 def test_only_the_automatic_choice_is_logged(machine, caplog):
@@ -243,6 +280,7 @@ def test_only_the_automatic_choice_is_logged(machine, caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.cpu_extension
 @pytest.mark.parametrize(
     ("switches", "expected"),
     [
@@ -260,6 +298,7 @@ def test_switches_and_the_program_that_shows_the_choice(switches, expected):
     assert re.search(expected, run.stdout), run.stdout
 
 
+@pytest.mark.cpu_extension
 def test_the_program_says_that_the_preferred_backend_cannot_run():
     run = subprocess.run(
         [sys.executable, "-m", "neft_kernels"],

@@ -15,7 +15,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from helpers import independent, strategies
-from helpers.bits import equal_bits
+from helpers.bits import equal_bits, expected_embedding_grad
 from helpers.contract import differences, to_storage_array
 from helpers.devices import DTYPES, capped, kernels
 from helpers.options import OPTIONS
@@ -58,6 +58,7 @@ def check(case, backends):
             assert not len(differences(got, want, name, unchanged)), (backend, instruction_set)
 
 
+@pytest.mark.cpu_extension
 @examples(1000)
 @given(strategies.cases())
 def test_reference_and_compiled_kernels_equal_the_independent_implementation(case):
@@ -126,7 +127,11 @@ def test_gradient_is_that_of_the_plain_embedding(case, data):
     F.embedding(case.ids.to(torch.int64), plain, padding_idx, **kind).backward(upstream)
     noisy_embedding(case.ids, noisy, case.magnitude, padding_idx=padding_idx, **kind, **case.noise).backward(upstream)
     assert noisy.grad.layout == plain.grad.layout
-    assert equal_bits(noisy.grad.to_dense(), plain.grad.to_dense())
+    expected = plain.grad.to_dense()
+    if "sparse" not in kind:
+        index = -1 if padding_idx is None else padding_idx % num_embeddings
+        expected = expected_embedding_grad(upstream, case.ids.to(torch.int64), num_embeddings, index, bool(kind))
+    assert equal_bits(noisy.grad.to_dense(), expected)
     add_noise(embeds, case.magnitude, **case.noise).backward(upstream)
     assert equal_bits(embeds.grad, upstream)
 
@@ -225,17 +230,19 @@ def test_the_draws_reach_what_the_contract_names():
         seen.update(("stream beyond 31 bits",) if noise["stream"] >= 2**31 else ())
         seen.update(("token beyond 63 bits",) if noise["first_token"] + case.ids.numel() > 2**63 else ())
 
-    # Hypothesis draws from the constants in the sources as well, so a change anywhere changes the draws; the rarest of what is
-    # wanted is there from 1 to 18 times in 400 examples. Several runs, for one run's examples are akin.
-    for number in range(5):
-        drawn = given(strategies.cases())(look)
-        seed(number)(settings(max_examples=400, deadline=None, database=None)(drawn))()
     layouts = ("expanded", "transposed", "with gaps", "unaligned")
     wanted = {*DTYPES, *strategies.ID_DTYPES, *(f"{ndim} dimensions" for ndim in range(5))}
     wanted |= {f"{name} {layout}" for name in ("weight", "ids", "embeds", "magnitude") for layout in layouts}
     wanted |= {"ids empty", "embeds empty", "magnitude is a number", "zeros among magnitudes", "broadcast magnitude"}
     wanted |= {"NaN", "infinity", "subnormal", "odd width", "negative seed", "seed beyond 32 bits"}
     wanted |= {"stream beyond 31 bits", "token beyond 63 bits"}
+    # Hypothesis draws from the constants in the sources as well, so a change anywhere changes the draws; the rarest of what is
+    # wanted is there from 1 to 18 times in 400 examples. Up to five runs, for one run's examples are akin.
+    for number in range(5):
+        drawn = given(strategies.cases())(look)
+        if wanted <= seen:
+            break
+        seed(number)(settings(max_examples=400, deadline=None, database=None)(drawn))()
     assert wanted <= seen, wanted - seen
 
 

@@ -22,25 +22,28 @@ def record(shape, milliseconds, ids="uniform"):
 
 
 @pytest.fixture
-def readme(tmp_path, monkeypatch):
+def pages(tmp_path, monkeypatch):
+    """The README, and the page with the table."""
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(report_gpu, "RESULTS", tmp_path)
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
-    monkeypatch.setattr(report_gpu, "README", path)
-    return path
+    paths = [tmp_path / "README.md", tmp_path / "performance.md"]
+    for name, path in zip(("README", "PERFORMANCE"), paths, strict=True):
+        path.write_text("before\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\nafter\n")
+        monkeypatch.setattr(report_gpu, name, path)
+    return paths
 
 
-def test_without_records_nothing_was_measured(readme):
+def test_without_records_nothing_was_measured(pages):
     report_gpu.main()
-    text = readme.read_text()
-    assert "Nothing was measured on a GPU yet" in text
-    assert "old" not in text
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
+    for page in pages:
+        text = page.read_text()
+        assert "Nothing was measured on a GPU yet" in text
+        assert "old" not in text
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
 
 
-def test_the_table_is_that_of_the_newest_record(readme, tmp_path):
+def test_the_table_is_that_of_the_newest_record(pages, tmp_path):
     shapes = [shape for shape in report_gpu.IN_TABLE if shape.startswith(report_gpu.PLOTTED)]
     assert list(report_gpu.LABELS) == ["plain", "ours", "hook", "hook, compiled"]
     lines = [record(shape, (9, 9, 9, 9)) for shape in shapes]
@@ -48,11 +51,16 @@ def test_the_table_is_that_of_the_newest_record(readme, tmp_path):
     lines += [record(shape, (7, 7, 7, 7), ids="zipf") for shape in shapes]
     (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report_gpu.main()
-    text = readme.read_text()
+    readme, performance = (page.read_text() for page in pages)
     # 16384 x 4096 elements of 2 bytes, read and written: 268 MB in 80 us are 3.36e12 bytes a second, 84 % of 4e12.
-    assert "| 32000 x 4096, 16384 tokens, bfloat16 | 100 | **80** | 400 | 200 | 0.80 | 5.0 | 2.5 | 84% |" in text
-    assert "| 32000 x 4096, 16384 tokens, float32 | 100 | **80** | 400 | 200 | 0.80 | 5.0 | 2.5 | 168% |" in text
+    row = "| 32000 x 4096, 16384 tokens, bfloat16 | 100 | **80** | 400 | 200 | 0.80 | 5.0 | 2.5 | 84% |"
+    assert row in performance
+    assert "| 32000 x 4096, 16384 tokens, float32 | 100 | **80** | 400 | 200 | 0.80 | 5.0 | 2.5 | 168% |" in performance
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert (
+        "32000 x 4096, 16384 tokens, bfloat16: ours / plain 0.80, hook / ours 5.0, compiled hook / ours 2.5, 84% of a copy's"
+    ) in readme
+    assert "\nold\n" not in readme + performance
 
 
 def test_all_that_is_drawn_is_among_the_quick_comparisons():

@@ -1,8 +1,10 @@
 """Contract: in a training run of the real Trainer the noise is there while it trains, once, and gone afterwards."""
 
+import contextlib
 import copy
 import inspect
 import logging
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -16,18 +18,19 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import neftune
 
 import neft_kernels
 from helpers.models import D, llama, rows
 from neft_kernels import (
     NEFTuneCallback,
     describe,
+    noise_magnitude,
     patch_transformers,
     replace_embeddings,
     restore_embeddings,
     set_alpha,
 )
+from neft_kernels.integrations.trainer import _own_hook
 from neft_kernels.models.noise import EmbeddingNoise
 
 
@@ -56,6 +59,33 @@ class Look(TrainerCallback):
         self.hooks.append(len(network.get_input_embeddings()._forward_hooks))
         if state.global_step == self.fail_at:
             raise self.error
+
+
+def own_hook():
+    """What puts transformers' own hook on and takes it off, at this moment."""
+    owner, names = _own_hook()
+    return tuple(getattr(owner, name) for name in names)
+
+
+def activate(network, alpha, accelerator=None):
+    """Does what the Trainer does before it trains; returns the handle."""
+    put_on, _ = own_hook()
+    if _own_hook()[0] is transformers.trainer:
+        return put_on(network, alpha, accelerator)
+    accelerator = accelerator or SimpleNamespace(unwrap_model=lambda given: given)
+    holder = SimpleNamespace(neftune_noise_alpha=alpha, accelerator=accelerator)
+    assert put_on(holder, network) is network
+    return holder.neftune_hook_handle
+
+
+def deactivate(network, handle, accelerator=None):
+    """Does what the Trainer does after it has trained."""
+    _, take_off = own_hook()
+    if _own_hook()[0] is transformers.trainer:
+        take_off(network, handle, accelerator)
+    else:
+        accelerator = accelerator or SimpleNamespace(unwrap_model=lambda given: given)
+        take_off(SimpleNamespace(neftune_hook_handle=handle, accelerator=accelerator), network)
 
 
 def is_plain(network):
@@ -95,7 +125,7 @@ def test_a_training_that_fails_leaves_a_plain_model(tmp_path, error):
 
 
 def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
-    before = transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune
+    before = own_hook()
     network, look = llama(), Look()
     with patch_transformers(scale_by="batch"):
         runner = trainer(tmp_path, network, [look], neftune_noise_alpha=5.0)
@@ -105,7 +135,7 @@ def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
     assert [(report.alpha, report.strategy, report.scale_by) for (report,) in look.reports] == [
         (5.0, "fused", "batch")
     ] * 6
-    assert (transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune) == before
+    assert own_hook() == before
 
     look = Look()  # outside of it the Trainer's own hook is back
     trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
@@ -114,7 +144,7 @@ def test_patched_the_trainers_own_option_runs_on_our_kernels(tmp_path):
 
 
 def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
-    before = transformers.trainer.activate_neftune
+    before = own_hook()
     first = patch_transformers()
     second = patch_transformers(scale_by="batch")
     look = Look()
@@ -125,22 +155,22 @@ def test_patch_as_a_plain_call_and_twice_in_a_row(tmp_path):
     trainer(tmp_path, llama(), [look], neftune_noise_alpha=5.0).train()
     assert [len(report) for report in look.reports] == [1] * 6
     second.undo(), second.undo()
-    assert transformers.trainer.activate_neftune is before
+    assert own_hook() == before
     with patch_transformers():
         second.undo()
-        assert transformers.trainer.activate_neftune is not before
+        assert own_hook() != before
 
 
 def test_a_handle_undoes_only_what_it_did():
     """Taken back a second time, as the Trainer does where a run fails after its end, it leaves alone what came since."""
     network = llama()
     with patch_transformers():
-        handle = transformers.trainer.activate_neftune(network, 5.0)
+        handle = activate(network, 5.0)
         assert len(describe(network)) == 1
         handle.remove()
         assert is_plain(network)
         replace_embeddings(network, alpha=50.0)
-        transformers.trainer.deactivate_neftune(network, handle)
+        deactivate(network, handle)
     assert describe(network)[0].alpha == 50.0
 
 
@@ -148,17 +178,35 @@ def test_patching_leaves_a_model_alone_that_is_noisy_already(caplog):
     """As the callback does; and undoing what the Trainer did undoes nothing of the user's."""
     network = replace_embeddings(llama(), alpha=50.0)
     with patch_transformers(), caplog.at_level(logging.WARNING, logger="neft_kernels"):
-        handle = transformers.trainer.activate_neftune(network, 5.0)
+        handle = activate(network, 5.0)
         assert "noisy already" in caplog.text
         assert describe(network)[0].alpha == 50.0
-        transformers.trainer.deactivate_neftune(network, handle)
+        deactivate(network, handle)
     assert describe(network)[0].alpha == 50.0
 
 
 def test_patching_needs_a_transformers_that_can_be_patched(monkeypatch):
-    monkeypatch.delattr(transformers.trainer, "activate_neftune")
-    with pytest.raises(RuntimeError, match="needs transformers 5"):
+    owner, names = _own_hook()
+    monkeypatch.delattr(owner, names[0])
+    with pytest.raises(RuntimeError, match=r"needs transformers 4\.40"):
         patch_transformers()
+
+
+def test_before_5_2_it_is_methods_of_the_trainer(monkeypatch, tmp_path):
+    """What test_versions does with such versions, here without one."""
+    for name in ("activate_neftune", "deactivate_neftune"):
+        monkeypatch.delattr(transformers.trainer, name, raising=False)
+        monkeypatch.setattr(Trainer, f"_{name}", lambda self, model: model, raising=False)
+    before = own_hook()
+    network = llama()
+    runner = trainer(tmp_path, network, neftune_noise_alpha=5.0)
+    with patch_transformers(scale_by="batch"):
+        assert own_hook() != before
+        assert runner._activate_neftune(network) is network
+        assert [(report.alpha, report.scale_by) for report in describe(network)] == [(5.0, "batch")]
+        runner._deactivate_neftune(network)
+        assert is_plain(network)
+    assert own_hook() == before
 
 
 def test_patching_draws_nothing():
@@ -177,12 +225,12 @@ def test_an_alpha_of_0_is_off_however_it_came():
 
 
 def test_bad_options_are_refused_at_once():
-    before = transformers.trainer.activate_neftune
+    before = own_hook()
     with pytest.raises(ValueError, match="scale_by"):
         patch_transformers(scale_by="x")
     with pytest.raises(TypeError, match="alfa"):
         patch_transformers(alfa=3)
-    assert transformers.trainer.activate_neftune is before
+    assert own_hook() == before
     with pytest.raises(ValueError, match="alpha"):
         NEFTuneCallback(-3.0)
     with pytest.raises(TypeError, match="alfa"):
@@ -215,7 +263,7 @@ def test_never_two_noises(tmp_path, caplog):
         network = llama()
         if order == "hook second":
             replace_embeddings(network, alpha=50.0)
-        handle = neftune.activate_neftune(network, 5.0)
+        handle = activate(network, 5.0)
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="neft_kernels"):
             if order == "hook first":
@@ -227,9 +275,21 @@ def test_never_two_noises(tmp_path, caplog):
         noise = embedding(ids) - embedding.weight[ids]
         assert 0 < noise.abs().max() <= own_bound + 1e-5, order
         assert "neftune_noise_alpha" in describe(network)[0].state
-        neftune.deactivate_neftune(network, handle)
+        deactivate(network, handle)
         assert describe(network)[0].state == "on"
         assert (embedding(ids) - embedding.weight[ids]).abs().max() > own_bound
+
+
+def test_scale_by_batch_is_the_rule_of_the_hugging_face_hook():
+    """The hook computes it in float32, so half a unit in the last place apart."""
+    network, ids = llama(), torch.zeros(2, 9, dtype=torch.int64)
+    embedding = network.get_input_embeddings()
+    nn.init.zeros_(embedding.weight)
+    activate(network, 5.0)
+    largest = max(embedding(ids).abs().max().item() for _ in range(200))
+    magnitude = noise_magnitude(ids, D, 5.0, scale_by="batch")
+    # The largest of n uniform draws on [0, m] is below m (1 - t) with probability (1 - t)**n; n = 57600, t = 0.001: 1e-25.
+    assert 0.999 * magnitude < largest <= magnitude * (1 + 2**-23)
 
 
 def test_schedule_follows_the_trainers_step(tmp_path):
@@ -248,6 +308,74 @@ def test_a_callback_that_steps_aside_lets_the_training_run(tmp_path):
     output = trainer(tmp_path, network, [NEFTuneCallback(lambda step: 1.0), look]).train()
     assert output.global_step == 3
     assert [report[0].alpha for report in look.reports] == [50.0] * 3
+
+
+@pytest.mark.parametrize("way", ["callback", "patch"])
+def test_a_smaller_batch_is_tried_with_noise(way, tmp_path, caplog):
+    """With auto_find_batch_size training begins as often as it is tried, and ends once."""
+
+    class OutOfMemoryOnce(Look):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if len(self.reports) == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    network, look = llama(), OutOfMemoryOnce()
+    callbacks, options = [NEFTuneCallback(7.0), look], {}
+    if way == "patch":
+        callbacks, options = [look], {"neftune_noise_alpha": 7.0}
+    with patch_transformers(), caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        trainer(tmp_path, network, callbacks, auto_find_batch_size=True, **options).train()
+    assert len(look.reports) == 1 + 3
+    assert all(report[0].alpha == 7.0 and report[0].last_magnitude is not None for report in look.reports)
+    assert [record for record in caplog.records if record.name == "neft_kernels"] == []
+    assert is_plain(network)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_callback_that_was_removed_leaves_no_noise(error, tmp_path):
+    """Nothing calls it when training ends, or fails."""
+
+    class Removes(Look):
+        def on_step_end(self, args, state, control, **kwargs):
+            runner.remove_callback(NEFTuneCallback)
+            super().on_step_end(args, state, control, **kwargs)
+
+    network, look = llama(), Removes(error and 2, error)
+    runner = trainer(tmp_path, network, [NEFTuneCallback(), look])
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        runner.train()
+    assert len(look.reports[0]) == 1
+    assert is_plain(network)
+
+
+def test_trainings_in_two_threads_end_each_its_own_noise(tmp_path):
+    """Each in a context of its own: the one that ends first leaves the other one's model noisy."""
+    first_has_ended, second_has_begun, reports = threading.Event(), threading.Event(), []
+
+    class WaitsForTheFirst(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            second_has_begun.set()
+            first_has_ended.wait(60)
+            reports.append(describe(kwargs["model"]))
+
+    class WaitsForTheSecond(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            second_has_begun.wait(60)
+
+    networks = llama(), llama()
+    runners = [
+        trainer(tmp_path / str(each), network, [NEFTuneCallback(), waits()])
+        for each, (network, waits) in enumerate(zip(networks, (WaitsForTheSecond, WaitsForTheFirst), strict=True))
+    ]
+    second = threading.Thread(target=runners[1].train)
+    second.start()
+    runners[0].train()
+    assert is_plain(networks[0])
+    first_has_ended.set()
+    second.join()
+    assert [len(report) for report in reports] == [1] * 3
+    assert is_plain(networks[1])
 
 
 @pytest.mark.parametrize("first", [NEFTuneCallback, lambda: patch_transformers().undo()], ids=["callback", "patch"])
@@ -271,11 +399,11 @@ def test_what_accelerate_wraps_is_unwrapped_first():
     wrapped = nn.Sequential(network)
     accelerator = SimpleNamespace(unwrap_model=lambda given: given[0])
     with patch_transformers():
-        handle = transformers.trainer.activate_neftune(wrapped, 5.0, accelerator)
+        handle = activate(wrapped, 5.0, accelerator)
         assert [report.name for report in describe(network)] == ["model.embed_tokens"]
         assert not wrapped._forward_hooks
         assert not wrapped._forward_pre_hooks
-        transformers.trainer.deactivate_neftune(wrapped, handle, accelerator)
+        deactivate(wrapped, handle, accelerator)
     assert is_plain(network)
 
 
@@ -404,6 +532,7 @@ def test_noise_on_the_prompt_or_the_completion_only():
         replace_embeddings(t5, noise_on="prompt")
 
 
+@pytest.mark.cpu_extension
 def test_the_first_noisy_batch_is_logged_once(caplog):
     network = replace_embeddings(llama(), alpha=5.0)
     with caplog.at_level(logging.INFO, logger="neft_kernels"):
@@ -484,3 +613,13 @@ def test_sft_trainer(tmp_path, case, peft):
     assert max(bounds) > min(bounds)
     assert all(report[0].note == "" for report in look.reports)
     assert describe(runner.model) == ()
+
+
+def test_patched_the_attribute_of_the_hook_goes_when_training_ends(tmp_path):
+    """Unsloth's generated trainers set it on the embedding before they train."""
+    network, look = llama(), Look()
+    network.get_input_embeddings().neftune_noise_alpha = 5.0
+    with patch_transformers():
+        trainer(tmp_path, network, [look], neftune_noise_alpha=5.0).train()
+    assert all(report.state == "on" for (report,) in look.reports)
+    assert "neftune_noise_alpha" not in vars(network.get_input_embeddings())

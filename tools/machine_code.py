@@ -15,7 +15,7 @@ _HALF_TO_UNIFORM_IR = re.compile(
 
 _FUSED_SASS = {"FFMA", "FFMA2", "FFMA32I", "DFMA", "HFMA2"}
 _ARITHMETIC_SASS = {"FADD", "FADD2", "FMUL", "FMUL2", "FFMA", "FFMA2"}
-_FUSED_AMDGCN = re.compile(r"v_(pk_)?(?:fma|fmac|fmaak|fmamk|mad|fma_mix\w*|mad_mix\w*)_(?:f16|f32|f64)")
+_FUSED_AMDGCN = re.compile(r"v_(?:dual_)?(pk_)?(?:fma|fmac|fmaak|fmamk|mad|fma_mix\w*|mad_mix\w*)_(?:f16|f32|f64)")
 _SUM_AMDGCN = re.compile(r"v_fma_mix_f32 \S+ \S+ 1\.0, ")  # of a widened fp16 and a float: 1 * a + b
 _AMDGCN_MEMORY = re.compile(r"(?:buffer|global|flat)_(load|store)_(\w+)")
 _AMDGCN_BITS = {
@@ -27,7 +27,21 @@ _AMDGCN_BITS = {
     "short": 16,
     "ubyte": 8,
     "byte": 8,
+    # gfx11 and later
+    "b128": 128,
+    "b96": 96,
+    "b64": 64,
+    "b32": 32,
+    "b16": 16,
+    "u16": 16,
+    "i16": 16,
+    "d16": 16,
+    "b8": 8,
+    "u8": 8,
+    "i8": 8,
 }
+# For other workgroups. That a barrier of one workgroup empties its own cache, as on gfx11 and later, is none.
+_AMDGCN_FENCE = re.compile(r"buffer_(?:wbl2|inv|wbinvl1|gl1_inv)|global_(?:inv|wb|wbinv) scope:SCOPE_(?:DEV|SYS)")
 
 
 @dataclass
@@ -131,16 +145,18 @@ def from_amdgcn(assembly: str, ir: str) -> MachineCode:
     for instruction in re.findall(r"^\s+((?:v|s|ds|buffer|global|flat)_[^;\n]*)", assembly, re.MULTILINE):
         code.instructions += 1
         opcode = instruction.split()[0]
-        code.multiplies += opcode.startswith(("v_mad_u64_u32", "v_mul_hi_u32", "v_mul_lo_u32"))
+        code.multiplies += opcode.startswith(("v_mad_u64_u32", "v_mad_co_u64_u32", "v_mul_hi_u32", "v_mul_lo_u32"))
         if memory := _AMDGCN_MEMORY.match(opcode):
             (code.loads if memory[1] == "load" else code.stores)[_AMDGCN_BITS[memory[2].split("_")[0]]] += 1
-        is_vector = bool(memory) and memory[0].endswith("load_dwordx4")  # type: ignore[index]
-        has_waited |= opcode == "s_waitcnt" and "vmcnt" in instruction and any(is_load for is_load, _ in named)
+        is_vector = bool(memory) and memory[0].endswith(("load_dwordx4", "load_b128"))  # type: ignore[index]
+        waits = opcode == "s_wait_loadcnt" or (opcode == "s_waitcnt" and "vmcnt" in instruction)
+        has_waited |= waits and any(is_load for is_load, _ in named)
         if not has_waited:
             named.append((is_vector, re.findall(r"\b[va](?:\d+|\[\d+:\d+\])", instruction)))
-        if (operation := _FUSED_AMDGCN.match(opcode)) and not _SUM_AMDGCN.match(instruction):
-            fused += [instruction] * (2 if operation[1] else 1)
-        if opcode.startswith(("buffer_wbl2", "buffer_inv", "buffer_wbinvl1")):
+        for part in instruction.split(" :: "):  # gfx11 and later can have two operations in one instruction
+            if (operation := _FUSED_AMDGCN.match(part)) and not _SUM_AMDGCN.match(part):
+                fused += [part] * (2 if operation[1] else 1)
+        if _AMDGCN_FENCE.match(instruction):
             code.fences.append(instruction)
     # Registers hold the constants here. So the exact ones are counted in the IR, and what is more comes from fusing.
     exact = sum(int(lanes or 1) for lanes in _HALF_TO_UNIFORM_IR.findall(ir))

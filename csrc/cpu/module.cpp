@@ -1,4 +1,4 @@
-// The Python module that holds the CPU kernels. Loading it registers them; what it offers itself is which instruction set
+// The Python module of the CPU kernels. Loading it registers them. Its functions tell and limit the instruction set that
 // they use.
 #include <Python.h>
 

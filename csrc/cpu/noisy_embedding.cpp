@@ -9,7 +9,7 @@
 namespace neft {
 namespace {
 
-// Throws std::out_of_range, an IndexError in Python, naming the id and where it stands.
+// Throws std::out_of_range, an IndexError in Python. The message names the id and its position.
 [[noreturn]] void throw_id_out_of_range(const Tensor& input_ids, int64_t token, int64_t id, int64_t num_embeddings) {
   std::vector<int64_t> position(input_ids.dim());
   for (int64_t dim = input_ids.dim() - 1; dim >= 0; --dim) {
@@ -42,9 +42,10 @@ Tensor noisy_embedding_of(const Tensor& input_ids, const Tensor& weight, const N
   return out;
 }
 
+// The last three are for the gradient.
 Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tensor& seed,
                        const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-                       int64_t first_token) {
+                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have 2 dimensions");
   const Noise noise(seed, token_magnitude, magnitude, stream, first_token, input_ids.numel());
   switch (input_ids.scalar_type()) {

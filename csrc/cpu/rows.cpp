@@ -1,4 +1,4 @@
-// Which row kernels to use: the best that this machine runs, at most what was asked for.
+// Chooses the row kernels: the best set that this machine supports, within the limit of cap_row_kernels().
 #include "rows.h"
 
 #include <array>

@@ -1,5 +1,5 @@
-// The CPU row kernels: one set per instruction set, all in one binary, the best one that this machine runs chosen at
-// run time. rows_body.h holds the one body; rows_avx512.cpp, rows_avx2.cpp and rows_portable.cpp compile it.
+// The CPU row kernels: one set for each instruction set, all in one binary. The best set that the machine supports is chosen
+// at run time. rows_body.h is the common body; rows_avx512.cpp, rows_avx2.cpp and rows_portable.cpp compile it.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace neft {
 
-// Whose noise a row gets, and how much.
+// Which noise a row gets, and how much.
 struct RowNoise {
   int64_t seed;
   int64_t token;
@@ -16,16 +16,22 @@ struct RowNoise {
 };
 
 // out[begin:end] = in[begin:end] + noise, columns counted from the start of the row. `in` may equal `out`. `begin` must be
-// a multiple of kColumnAlignment. The same columns of `next`, a row that is to come, are fetched into the cache meanwhile:
-// rows lie anywhere in the table, where the hardware cannot foresee them.
+// a multiple of kColumnAlignment. `next` is a later row, whose same columns are prefetched into the cache: the hardware
+// cannot predict where in the table the next row lies.
 using AddNoiseToRow = void (*)(const void* in, void* out, int64_t begin, int64_t end, const RowNoise& noise,
                                const void* next);
+
+// out[begin:end] = the sum of rows[:count][begin:end] / divisor, taken in fp64 from first to last and rounded once. `rows`
+// are the rows' offsets in `data`, in bytes. rows[count] must be the offset of a row too: it is fetched into the cache.
+using SumRows = void (*)(const void* data, const int64_t* rows, int64_t count, int64_t begin, int64_t end, int64_t divisor,
+                         void* out);
 
 constexpr int64_t kColumnAlignment = 128;  // the columns of one batch of the widest kernel: 16 lanes x 8 columns
 
 struct RowKernels {
   const char* name;
   AddNoiseToRow fp32, fp64, fp16, bf16;
+  SumRows sum_fp32, sum_fp64, sum_fp16, sum_bf16;
 };
 
 namespace portable {
@@ -44,8 +50,8 @@ extern const RowKernels kRowKernels;
 // The kernels in use.
 const RowKernels& row_kernels();
 
-// Uses no instruction set above `name` ("avx512", "avx2", "portable"); false if there is no such name. What the machine
-// lacks is never used, whatever the name.
+// Limits the kernels to instruction set `name` ("avx512", "avx2", "portable") and those below it. Returns false for an
+// unknown name. An instruction set that the machine lacks is never used.
 bool cap_row_kernels(const std::string& name);
 
 }  // namespace neft

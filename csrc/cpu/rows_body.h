@@ -1,6 +1,6 @@
-// The one body of the CPU row kernels. A translation unit per instruction set defines NEFT_NAMESPACE and NEFT_LANES and
-// includes this file, and nothing before it that defines functions: they would be compiled for that instruction set, and
-// the linker could pick that copy for everyone.
+// The common body of the CPU row kernels. Each instruction set has a translation unit that defines NEFT_NAMESPACE and
+// NEFT_LANES and includes this file. It must not include a file with functions before: they would be compiled for that
+// instruction set, and the linker could use that copy everywhere.
 //
 // A batch is kLanes Philox blocks, one per 64-bit lane of two vectors; they become four vectors of words in column order,
 // each 32-bit lane one column of a 32- or 64-bit type or two columns of a 16-bit one.
@@ -20,6 +20,8 @@ struct Fp32 {
   NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
     store(out, add_scaled(load<Floats>(in), magnitude, uniform_from_word(words)));
   }
+  NEFT_FUNCTION static Floats to_floats(const char* in) { return load<Floats>(in); }
+  NEFT_FUNCTION static void from_floats(Floats floats, char* out) { store(out, floats); }
 };
 
 struct Fp64 {
@@ -43,6 +45,8 @@ struct Fp16 {
       store(out + k * sizeof(HalfWords), to_fp16(add_scaled(w, magnitude, uniform_from_low_half(widen(halves[k])))));
     }
   }
+  NEFT_FUNCTION static Floats to_floats(const char* in) { return from_fp16(load<HalfWords>(in)); }
+  NEFT_FUNCTION static void from_floats(Floats floats, char* out) { store(out, to_fp16(floats)); }
 };
 
 // The high half of a float is the bf16 it truncates to, so even and odd columns are shifted and masked into place.
@@ -54,11 +58,15 @@ struct Bf16 {
     const Floats odd = add_scaled(as_float(w & 0xFFFF0000), magnitude, uniform_from_high_half(words));
     store(out, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xFFFF0000));
   }
-  // Round to nearest even in the upper half of each lane; the lower half is left over. A NaN needs no care: it came from a
-  // bf16, or is the default one, so its lower half is zero and what is added does not reach the upper one.
+  // Rounds to nearest even in the upper half of each lane; the lower half has no meaning. NaN needs no special case: it came
+  // from a bf16, or is the default NaN, so its lower half is zero, and the addition does not reach the upper half.
   NEFT_FUNCTION static Words round_to_bf16(Floats floats) {
     const Words bits = bit_cast<Words>(floats);
     return bits + 0x7FFF + ((bits >> 16) & 1);
+  }
+  NEFT_FUNCTION static Floats to_floats(const char* in) { return as_float(widen(load<HalfWords>(in)) << 16); }
+  NEFT_FUNCTION static void from_floats(Floats floats, char* out) {
+    store(out, __builtin_convertvector(round_to_bf16(floats) >> 16, HalfWords));
   }
 };
 
@@ -72,7 +80,7 @@ void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t 
   const auto* in = static_cast<const char*>(in_row);
   const auto* next = static_cast<const char*>(next_row);
   auto* out = static_cast<char*>(out_row);
-  // Copies, because as far as the compiler can tell, what is written to `out` might change `noise`.
+  // Copies, because the compiler must assume that writes to `out` change `noise`.
   const Key key = make_key(noise.seed);
   const int64_t token = noise.token;
   const uint32_t stream = noise.stream;
@@ -96,7 +104,7 @@ void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t 
     add_batch(in + column * Element::kSize, out + column * Element::kSize, column);
   }
 
-  if (column < end) {  // the last, partial batch goes through a buffer of a whole one
+  if (column < end) {  // the last, partial batch uses a buffer of a whole batch
     char buffer[kBatchBytes] = {};
     const size_t bytes = (end - column) * Element::kSize;
     std::memcpy(buffer, in + column * Element::kSize, bytes);
@@ -105,8 +113,67 @@ void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t 
   }
 }
 
+// The next kLanes columns, as doubles and back.
+template <class Element>
+NEFT_FUNCTION void add_columns(const char* in, Doubles (&sums)[2]) {
+  if constexpr (Element::kSize == 8) {
+    for (int half = 0; half < 2; ++half) sums[half] += load<Doubles>(in + half * sizeof(Doubles));
+  } else {
+    const Floats floats = Element::to_floats(in);
+    for (int half = 0; half < 2; ++half) sums[half] += widen_half(floats, half);
+  }
+}
+
+template <class Element>
+NEFT_FUNCTION void store_columns(const Doubles (&sums)[2], char* out) {
+  if constexpr (Element::kSize == 8) {
+    for (int half = 0; half < 2; ++half) store(out + half * sizeof(Doubles), sums[half]);
+  } else {
+    Element::from_floats(narrow(sums), out);
+  }
+}
+
+template <class Element>
+void sum_rows(const void* data, const int64_t* rows, int64_t count, int64_t begin, int64_t end, int64_t divisor,
+              void* out_row) {
+  constexpr int64_t kVectors = 1024 / kLanes;  // summed at a time: 8 KB of doubles, which stay in the fastest cache
+  constexpr int64_t kVectorBytes = kLanes * Element::kSize, kCacheLine = 64;
+  for (int64_t column = begin; column < end; column += kVectors * kLanes) {
+    const int64_t columns = end - column < kVectors * kLanes ? end - column : kVectors * kLanes;
+    const int64_t vectors = columns / kLanes, rest_bytes = columns % kLanes * Element::kSize;
+    const char* in = static_cast<const char*>(data) + column * Element::kSize;
+    char* out = static_cast<char*>(out_row) + column * Element::kSize;
+    Doubles sums[kVectors][2];
+    for (int64_t v = 0; v < vectors + (rest_bytes != 0); ++v) sums[v][0] = sums[v][1] = Doubles{};
+    for (int64_t r = 0; r < count; ++r) {
+      const char *row = in + rows[r], *next = in + rows[r + 1];
+      for (int64_t v = 0; v < vectors; ++v) {
+        if (v * kVectorBytes % kCacheLine == 0) __builtin_prefetch(next + v * kVectorBytes, 0, /*locality=*/2);  // L2
+        add_columns<Element>(row + v * kVectorBytes, sums[v]);
+      }
+      if (rest_bytes != 0) {
+        char buffer[kVectorBytes] = {};
+        std::memcpy(buffer, row + vectors * kVectorBytes, rest_bytes);
+        add_columns<Element>(buffer, sums[vectors]);
+      }
+    }
+    for (int64_t v = 0; v < vectors + (rest_bytes != 0); ++v) {
+      if (divisor != 1)
+        for (int half = 0; half < 2; ++half) sums[v][half] /= static_cast<double>(divisor);
+      if (v < vectors) {
+        store_columns<Element>(sums[v], out + v * kVectorBytes);
+      } else {
+        char buffer[kVectorBytes];
+        store_columns<Element>(sums[v], buffer);
+        std::memcpy(out + v * kVectorBytes, buffer, rest_bytes);
+      }
+    }
+  }
+}
+
 const RowKernels kRowKernels = {NEFT_NAME, add_noise_to_row<Fp32>, add_noise_to_row<Fp64>, add_noise_to_row<Fp16>,
-                                add_noise_to_row<Bf16>};
+                                add_noise_to_row<Bf16>,     sum_rows<Fp32>, sum_rows<Fp64>, sum_rows<Fp16>,
+                                sum_rows<Bf16>};
 
 }  // namespace NEFT_NAMESPACE
 }  // namespace neft

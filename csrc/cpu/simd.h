@@ -1,6 +1,6 @@
-// Vectors by GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to whatever the instruction set has.
-// Only three things are written with intrinsics, because the compiler finds no good code for them: the widening multiply,
-// the interleaving of 64-bit lanes and the conversion of half-precision floats.
+// Vectors with GCC's vector extensions: + - * & | ^ << >> work lane by lane and compile to the instruction set in use. Only
+// four operations use intrinsics, because the compiler generates slow code for them: the widening multiplication, the
+// interleaving of 64-bit lanes and the conversions of half-precision floats and of doubles.
 //
 // Included by one translation unit per instruction set, which defines NEFT_NAMESPACE and NEFT_LANES first.
 #pragma once
@@ -30,8 +30,8 @@ typedef float Floats __attribute__((vector_size(4 * NEFT_LANES)));
 typedef float HalfFloats __attribute__((vector_size(2 * NEFT_LANES)));
 typedef double Doubles __attribute__((vector_size(4 * NEFT_LANES)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * NEFT_LANES)));
-// A word in the low half of each 64-bit lane, what is left of its computation in the upper half. The generator works on
-// these, because a widening multiply reads such lanes and writes its 64-bit products into them.
+// A word in the low half of each 64-bit lane; the upper half has no meaning. The generator uses such lanes, because a widening
+// multiplication reads their low halves and writes 64-bit products.
 typedef uint64_t LongWords __attribute__((vector_size(4 * NEFT_LANES)));
 
 template <class To, class From>
@@ -57,9 +57,33 @@ NEFT_FUNCTION void store(void* to, const Vector& vector) {
 NEFT_FUNCTION Ints as_signed(Words words) { return bit_cast<Ints>(words); }
 NEFT_FUNCTION Floats as_float(Words words) { return bit_cast<Floats>(words); }
 NEFT_FUNCTION Floats to_float(Ints ints) { return __builtin_convertvector(ints, Floats); }
+
+// GCC 12 makes four instructions of either conversion.
+#if NEFT_LANES == 16
+NEFT_FUNCTION Doubles widen(HalfFloats floats) { return bit_cast<Doubles>(_mm512_cvtps_pd(bit_cast<__m256>(floats))); }
+NEFT_FUNCTION HalfFloats narrow(Doubles doubles) {
+  return bit_cast<HalfFloats>(_mm512_cvtpd_ps(bit_cast<__m512d>(doubles)));
+}
+#elif NEFT_LANES == 8
+NEFT_FUNCTION Doubles widen(HalfFloats floats) { return bit_cast<Doubles>(_mm256_cvtps_pd(bit_cast<__m128>(floats))); }
+NEFT_FUNCTION HalfFloats narrow(Doubles doubles) {
+  return bit_cast<HalfFloats>(_mm256_cvtpd_ps(bit_cast<__m256d>(doubles)));
+}
+#else
+NEFT_FUNCTION Doubles widen(HalfFloats floats) { return __builtin_convertvector(floats, Doubles); }
+NEFT_FUNCTION HalfFloats narrow(Doubles doubles) { return __builtin_convertvector(doubles, HalfFloats); }
+#endif
+
 NEFT_FUNCTION Doubles widen_half(Floats floats, int half) {
   const auto* bytes = reinterpret_cast<const char*>(&floats);
-  return __builtin_convertvector(load<HalfFloats>(bytes + half * sizeof(HalfFloats)), Doubles);
+  return widen(load<HalfFloats>(bytes + half * sizeof(HalfFloats)));
+}
+NEFT_FUNCTION Floats narrow(const Doubles (&halves)[2]) {
+  Floats floats;
+  auto* bytes = reinterpret_cast<char*>(&floats);
+  for (int half = 0; half < 2; ++half)
+    store(bytes + half * sizeof(HalfFloats), narrow(halves[half]));
+  return floats;
 }
 NEFT_FUNCTION Words widen(HalfWords halves) { return __builtin_convertvector(halves, Words); }
 
@@ -129,8 +153,8 @@ NEFT_FUNCTION HalfWords to_fp16(Floats floats) {
 
 #endif
 
-// Two vectors whose computations run side by side. The rounds of the generator are one chain of dependent instructions, and
-// a processor looks too few instructions ahead to find the next batch's chain by itself.
+// Two vectors that are computed side by side. The rounds of the generator are one chain of dependent instructions, and the
+// processor does not look far enough ahead to overlap it with the chain of the next batch.
 struct Chains {
   LongWords v[2];
 };

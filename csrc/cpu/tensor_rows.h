@@ -1,4 +1,4 @@
-// A tensor as rows of its last dimension, and the loop that gives every row its noise.
+// A tensor as rows of its last dimension, and the loop that adds noise to every row.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,8 +20,8 @@ namespace neft {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Where the elements of a strided tensor lie, by flat index over its first `dims` dimensions. Dimensions that lie evenly
-// are merged, so that a contiguous tensor costs one multiplication.
+// Maps a flat index over the first `dims` dimensions of a strided tensor to an offset. Dimensions that one stride can
+// describe are merged, so that a contiguous tensor costs one multiplication.
 class Offsets {
  public:
   Offsets(const Tensor& tensor, int64_t dims) {
@@ -55,8 +55,8 @@ class Offsets {
   int64_t sizes_[kMaxDims], strides_[kMaxDims];
 };
 
-// The arguments that say which noise, read from their tensors. Throws std::invalid_argument, a ValueError in Python, for a
-// magnitude that is negative, infinite or NaN.
+// The arguments of the noise, read from their tensors. Throws std::invalid_argument, a ValueError in Python, if a magnitude
+// is negative, infinite or NaN.
 class Noise {
  public:
   Noise(const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
@@ -98,15 +98,16 @@ class Noise {
 struct ElementKernel {
   int64_t size;  // bytes
   AddNoiseToRow add_noise;
+  SumRows sum;
 };
 
 inline ElementKernel element_kernel(ScalarType dtype) {
   const RowKernels& kernels = row_kernels();
   switch (dtype) {
-    case ScalarType::Float: return {4, kernels.fp32};
-    case ScalarType::Double: return {8, kernels.fp64};
-    case ScalarType::Half: return {2, kernels.fp16};
-    case ScalarType::BFloat16: return {2, kernels.bf16};
+    case ScalarType::Float: return {4, kernels.fp32, kernels.sum_fp32};
+    case ScalarType::Double: return {8, kernels.fp64, kernels.sum_fp64};
+    case ScalarType::Half: return {2, kernels.fp16, kernels.sum_fp16};
+    case ScalarType::BFloat16: return {2, kernels.bf16, kernels.sum_bf16};
     default: throw std::invalid_argument("the element type must be fp32, fp64, fp16 or bf16");
   }
 }
@@ -126,8 +127,8 @@ void add_noise_to_rows(const Tensor& data, const Source& source, int64_t column_
   auto* out_data = static_cast<char*>(out.mutable_data_ptr());
   prefer_huge_pages(out_data, num_tokens * num_columns * kernel.size);
 
-  // The unit of work is a piece of a row, so that many short rows and one long one both fill all threads. A thread is not
-  // woken for less than about 10 microseconds of work.
+  // The unit of work is a piece of a row, so that all threads have work with many short rows and with one long row. A thread
+  // gets at least about 10 microseconds of work.
   constexpr int64_t kPieceColumns = 16 * kColumnAlignment, kColumnsPerThread = 8 * kPieceColumns;
   const int64_t pieces = (num_columns + kPieceColumns - 1) / kPieceColumns;
   const int64_t grain = std::max<int64_t>(1, kColumnsPerThread / std::min(num_columns, kPieceColumns));

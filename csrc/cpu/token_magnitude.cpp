@@ -1,4 +1,5 @@
-// alpha / sqrt(L * d) for every token, L the length of its own sequence: what neft_kernels/magnitude.py says in plain torch.
+// alpha / sqrt(L * d) for every token, where L is the length of its own sequence. neft_kernels/ops/magnitude.py computes the
+// same in plain torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,6 +23,11 @@ const int64_t* data_of(const std::optional<Tensor>& tensor) {
   return static_cast<const int64_t*>(tensor->const_data_ptr());
 }
 
+// Whether a sequence begins at a token with this position, after a token with the position `before`.
+bool begins(int64_t position, int64_t before, bool has_mask) {
+  return has_mask ? position < before || position == 0 : position != before + 1;
+}
+
 // One row of `length` tokens. `mask` and `positions` may be null, but not both.
 class Row {
  public:
@@ -33,24 +39,26 @@ class Row {
     const auto is_present = [&](int64_t t) { return mask == nullptr || mask[t] != 0; };
     for (int64_t t = 0, run = 0; t < length_; ++t) {
       if (positions != nullptr) {
-        run += t > 0 && positions[t] != positions[t - 1] + 1;
+        run += t > 0 && begins(positions[t], positions[t - 1], mask != nullptr);
         sequence_[t] = run;
       } else {
         sequence_[t] = std::clamp<int64_t>(mask[t], 0, length_);
       }
-      // Without positions, a negative mask is no sequence, as 0 is none.
+      // Without positions, a token whose mask is 0 or negative belongs to no sequence.
       tokens_[sequence_[t]] += is_present(t) && (positions != nullptr || mask[t] > 0);
     }
 
-    // Collators that pack pad positions with 0 and give no mask: each padding token at the end looks like a sequence.
+    // Packing collators pad positions with 0 and give no mask, so each padding token at the end looks like a sequence of one.
     int64_t end = length_;
     if (mask == nullptr && length_ > 1)
       while (end > 0 && tokens_[sequence_[end - 1]] <= 1) --end;
 
     for (int64_t t = 0; t < length_; ++t) {
       const int64_t tokens = tokens_[sequence_[t]];
-      const bool noisy = t < end && is_present(t) && (positions != nullptr || mask[t] > 0);
-      // The square root is taken once a sequence, not once a token.
+      // transformers gives padding on the left the position 1, so each token of it looks like a sequence of one.
+      const bool is_filling = mask == nullptr && tokens == 1 && positions[t] == 1 && length_ > 1;
+      const bool noisy = t < end && !is_filling && is_present(t) && (positions != nullptr || mask[t] > 0);
+      // Neighbouring tokens of equal length share a square root.
       if (tokens != last_tokens_) {
         last_tokens_ = tokens;
         const double elements = static_cast<double>(std::max<int64_t>(tokens, 1)) * static_cast<double>(embedding_dim_);
@@ -64,7 +72,7 @@ class Row {
   int64_t length_;
   double alpha_;
   int64_t embedding_dim_;
-  std::vector<int64_t> sequence_, tokens_;  // of each token its sequence; of each sequence its tokens
+  std::vector<int64_t> sequence_, tokens_;  // the sequence of each token; the number of tokens of each sequence
   int64_t last_tokens_ = -1;
   float last_magnitude_ = 0;
 };

@@ -8,7 +8,7 @@
 namespace neft {
 namespace {
 
-// The distance between rows, by flat index over all dimensions but the last; none if it is not the same everywhere.
+// The stride between rows over all dimensions but the last; none if it is not constant.
 std::optional<int64_t> row_stride_of(const Tensor& embeds) {
   int64_t stride = 0, rows = 1;
   for (int64_t dim = embeds.dim() - 2; dim >= 0; --dim) {

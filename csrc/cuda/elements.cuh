@@ -1,7 +1,7 @@
 // The columns that one Philox call feeds, as raw bits in registers, and one struct per element type that adds the noise
 // to them, named as in csrc/cpu/rows_body.h.
 //
-// Compiled for the device, and by a test for the host alone, where CUDA's conversions are not at hand.
+// Compiled for the device. A test also compiles it for the host, where CUDA's conversions do not exist.
 #pragma once
 
 #include <cstdint>
@@ -117,7 +117,7 @@ struct ColumnBlock {
     for (int c = 0; c < kColumns; ++c) set(c, Element::kNan);
   }
 
-  // A whole block, on a multiple of 16 bytes.
+  // A whole block, aligned to 16 bytes.
   NEFT_FUNCTION void load(const Bits* from) {
     NEFT_UNROLL
     for (int k = 0; k < kVectors; ++k) {
@@ -134,7 +134,7 @@ struct ColumnBlock {
     }
   }
 
-  // The first `count` columns, anywhere. The others are 0, so that they can be given noise as well.
+  // The first `count` columns, at any alignment. The others are set to 0, so that noise can be added to all.
   NEFT_FUNCTION void load(const Bits* from, int64_t count, int64_t stride) {
     NEFT_UNROLL
     for (int c = 0; c < kColumns; ++c) set(c, c < count ? from[c * stride] : Bits{0});

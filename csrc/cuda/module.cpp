@@ -1,4 +1,4 @@
-// The Python module that holds the CUDA kernels. Loading it registers them; it offers nothing itself.
+// The Python module of the CUDA kernels. Loading it registers them; it has no functions.
 #include <Python.h>
 
 namespace {

@@ -19,9 +19,10 @@ Tensor noisy_embedding_of(const Tensor& input_ids, const Tensor& weight, const N
   return out;
 }
 
+// The last three are for the gradient.
 Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tensor& seed,
                        const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-                       int64_t first_token) {
+                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have 2 dimensions");
   check_device(weight, "weight", weight);
   check_device(input_ids, "input_ids", weight);

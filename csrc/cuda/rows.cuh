@@ -1,9 +1,9 @@
-// What one thread of the CUDA kernels does, and how many threads there are. Compiled for the device, and by a test for
-// the host, which walks through every thread of a launch without a GPU.
+// What one thread of the CUDA kernels does, and how many threads there are. Compiled for the device. A test also compiles it
+// for the host, and executes every thread of a launch without a GPU.
 //
-// A thread gives four blocks of columns of one row their noise (two in fp64): 64 bytes, all loaded before the first is
-// used. Neighbouring lanes have neighbouring blocks, so each load and store of a warp covers 512 consecutive bytes (in fp64,
-// where a block is two vectors, one half of each 32 bytes; the next access takes the other).
+// A thread adds noise to four blocks of columns of one row (two in fp64). It loads all of these 64 bytes before it uses the
+// first. Neighbouring lanes have neighbouring blocks, so each load and store of a warp covers 512 consecutive bytes. In fp64 a
+// block is two vectors: one access covers one half of each 32 bytes, and the next access the other half.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +39,7 @@ struct Rows {
   uint32_t stream;
   int64_t first_token;
 
-  uint32_t num_blocks = 0;  // of columns, in a row; plan_launch() says
+  uint32_t num_blocks = 0;  // of columns, in a row; set by plan_launch()
 };
 
 struct RowOfToken {
@@ -66,7 +66,7 @@ struct Index {
 
 struct LaunchPlan {
   Index grid, threads;
-  // Whether all blocks of columns are whole, and lie on multiples of 16 bytes in `in` and in `out`.
+  // Whether all blocks of columns are whole, and aligned to 16 bytes in `in` and in `out`.
   bool aligned;
 };
 
@@ -86,7 +86,7 @@ LaunchPlan plan_launch(Rows<RowOf>& rows) {
                        rows.row_stride * kSize % 16 == 0 && on_16_bytes(rows.in) && on_16_bytes(rows.out);
 
   const int64_t warps_of_row = ceil_div(num_blocks, kBlocksPerWarp<Element>);
-  // As many warps on a row as leave the fewest without work.
+  // The number of warps on a row that leaves the fewest warps without work.
   uint32_t warps = kWarps;
   for (uint32_t fewer = warps / 2; fewer > 0; fewer /= 2)
     if (ceil_div(warps_of_row, fewer) * fewer < ceil_div(warps_of_row, warps) * warps) warps = fewer;
@@ -102,7 +102,7 @@ LaunchPlan plan_launch(Rows<RowOf>& rows) {
 struct Place {
   int64_t token;
   uint32_t block;       // of columns: the thread's first one
-  uint32_t to_next_go;  // blocks from there to its next go, if the grid has too few threads for a whole row
+  uint32_t to_next_go;  // distance to its next blocks, if the grid has too few threads for a whole row
 };
 
 template <class Element>
@@ -135,8 +135,8 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
     const Bits* in = in_row + column * stride;
     Bits* out = out_row + column;
 
-    Block blocks[kBlocks] = {};  // defined also where nothing is loaded
-    // Loads and stores go on where they could stop: that makes each a predicated instruction, with no branch around it.
+    Block blocks[kBlocks] = {};  // initialised, because some blocks are not loaded
+    // The loops that load and store use `continue`, not `break`: each access is then a predicated instruction, not a branch.
     NEFT_UNROLL
     for (int k = 0; k < kBlocks; ++k) {
       if (!is_row || first + k * kLanes >= rows.num_blocks) continue;
@@ -145,8 +145,8 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
       else
         blocks[k].load(in + k * kStep * stride, rows.num_columns - column - k * kStep, stride);
     }
-    // The magnitude is tested once, and a block gets noise only after the one before it: so the compiler sees what the
-    // Philox calls of a thread have in common, which is the keys of the rounds and the products without the block.
+    // The magnitude is tested once, and `break` ends the loop at the first missing block. The compiler then computes once what
+    // the Philox calls of a thread share: the keys of the rounds, and the products that do not depend on the block.
     if (magnitude != 0) {
       NEFT_UNROLL
       for (int k = 0; k < kBlocks; ++k) {

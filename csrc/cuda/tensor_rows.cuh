@@ -1,4 +1,4 @@
-// Tensors as rows, and the kernel that gives every row its noise. Mirrors csrc/cpu/tensor_rows.h.
+// Tensors as rows, and the kernel that adds noise to every row. Mirrors csrc/cpu/tensor_rows.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,13 +20,13 @@ namespace neft {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Reading another device's memory would end the process's use of this one.
+// Reading another device's memory is an error after which the process cannot use this device any more.
 inline void check_device(const Tensor& tensor, const char* name, const Tensor& data) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == data.get_device_index(), name,
                   " must be on the CUDA device of the embeddings");
 }
 
-// The arguments that say which noise. The seed and the magnitudes of the tokens are read by the kernel only.
+// The arguments of the noise. Only the kernel reads the seed and the magnitudes of the tokens.
 class Noise {
  public:
   Noise(const Tensor& data, const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude,

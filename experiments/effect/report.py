@@ -184,8 +184,8 @@ def findings(results: Results) -> str:
     ]
     weaker = results.noise_ratio(RIGHT_LENGTH, results.alphas[0]) / results.noise_ratio(WRONG_LENGTH, results.alphas[0])
     lines.append(
-        f"- **Packed, the right length against the hook's**: the hook takes the whole row for the length, and its noise is "
-        f"{weaker:.1f} times weaker. Held-out loss with the right length, less that with the hook's: {_list(differences)}."
+        f"- **Packed rows, the right length against the hook's**: the hook uses the length of the whole row, so its noise is "
+        f"{weaker:.1f} times weaker. Held-out loss with the right length minus that with the hook's: {_list(differences)}."
     )
     return "\n".join(lines)
 
@@ -204,8 +204,8 @@ def how_strong(results: Results) -> str:
     return (
         f"- **How strong the noise is**: at alpha {alpha} its root mean square is {results.noise_ratio(ARMS[0], alpha):.2f} "
         f"of the embeddings'. The same alpha on {LARGE_TOKENS} tokens of width {LARGE_WIDTH} is noise "
-        f"{first['right_rms_per_alpha'] / of_large:.0f} times weaker. So this is what too much noise does, and says little "
-        "about models of that size."
+        f"{first['right_rms_per_alpha'] / of_large:.0f} times weaker. The experiment therefore shows "
+        "what too much noise does, and says little about models of that size."
     )
 
 
@@ -223,8 +223,9 @@ def afterwards(results: Results) -> str:
         outcomes.append(f"{outcome.title} {values}")
     alphas = _list([str(alpha) for alpha in results.alphas])
     return (
-        f"Weaker noise was tried afterwards, so this explores and decides nothing: padded, alpha {alphas}, noise "
-        f"{_list(ratios)} of the embeddings, the same {len(results.seeds)} seeds. Differences to alpha 0 in this order, "
+        f"Weaker noise was tried after these results were known, so it is exploratory and decides nothing: padded rows, alpha "
+        f"{alphas}, noise {_list(ratios)} of the embeddings, the same {len(results.seeds)} seeds. Differences to alpha 0, in "
+        "this order, "
         f"bold where the rule above would call them an effect: {'; '.join(outcomes)}."
     )
 
@@ -257,12 +258,12 @@ def section(results: Results, preset: str) -> str:
     seeds = f"{count} seeds" if count >= planned else f"{count} of the {planned} planned seeds"
     return "\n".join(
         [
-            f"A Llama of {pretraining['parameters'] / 1e6:.1f} million parameters, pretrained on the standard library's "
-            f"source without docstrings, is tuned for {settings['epochs']} epochs on {settings['training_pairs']} questions "
-            f"with its docstrings for answers: {seeds} for each condition. Hypotheses and decision rule were fixed "
-            "[before the first run](../experiments/effect/run.py). Everything is measured without noise; what is called an "
-            "effect is a difference to alpha 0, paired by seed, whose 95 % interval leaves out 0; for the held-out loss, also "
-            "after Holm's correction.",
+            f"A Llama of {pretraining['parameters'] / 1e6:.1f} million parameters was pretrained on the source of Python's "
+            f"standard library without its docstrings. It was then tuned for {settings['epochs']} epochs on "
+            f"{settings['training_pairs']} questions with docstrings as answers, with {seeds} for each condition. Hypotheses "
+            "and decision rule were fixed [before the first run](../experiments/effect/run.py). All outcomes are measured "
+            "without noise. An effect is a difference to alpha 0, paired by seed, whose 95 % interval excludes 0; for the "
+            "held-out loss, also after Holm's correction.",
             "",
             findings(results),
             how_strong(results),
@@ -272,14 +273,17 @@ def section(results: Results, preset: str) -> str:
             "",
             table(results),
             "",
-            "Rows with alpha 0: means; the others: differences to them, bold where they are an effect. Losses in nats per "
-            f"answer token, on {min(settings['loss_pairs'], pretraining['held_out_pairs'])} held-out and "
-            f"{settings['loss_pairs']} training pairs; greedy answers to {settings['answered_pairs']} held-out questions, of "
-            f"at most {settings['answer_tokens']} tokens. The reference answers: {references['answer_tokens']:.1f} tokens, "
-            f"{100 * references['repeated_4grams']:.1f} % repeated 4-grams, {100 * references['leaked_8grams']:.1f} % of "
-            f"their 8-grams in the answers to train on. The embeddings' standard deviation after pretraining is "
-            f"{pretraining['embedding_std']:.3f}. {any_record['device']}, commit {any_record['commit']}; `make effect` "
-            "repeats it, [the records](../experiments/effect/results/effect.jsonl) hold each run.",
+            "Rows with alpha 0 show means; the other rows show differences to them, bold where they are an effect. Losses are "
+            f"in nats per answer token, on {min(settings['loss_pairs'], pretraining['held_out_pairs'])} held-out and "
+            f"{settings['loss_pairs']} training pairs. The other outcomes are those of greedy answers, of at most "
+            f"{settings['answer_tokens']} tokens, to {settings['answered_pairs']} held-out questions. The "
+            "reference answers have "
+            f"{references['answer_tokens']:.1f} tokens and {100 * references['repeated_4grams']:.1f} % repeated 4-grams; "
+            f"{100 * references['leaked_8grams']:.1f} % of their 8-grams occur in the training answers. The "
+            "standard deviation "
+            f"of the embeddings after pretraining is {pretraining['embedding_std']:.3f}. Measured on {any_record['device']}, "
+            f"commit {any_record['commit']}; `make effect` repeats the experiment, and "
+            "[the records](../experiments/effect/results/effect.jsonl) contain each run.",
             "",
             "</details>",
             "",

@@ -1,7 +1,7 @@
 """dieharder, a public battery, on the random words of a training run.
 
 The words come from ``words.cpp``, which includes the package's own ``csrc/noise.h``, and are compared with
-``neft_kernels.reference`` before the battery sees any.
+``neft_kernels.ops.reference`` before the battery sees any.
 
 The rule, fixed before the run: the battery is passed if none of dieharder's p-values, 114 of them, is FAILED, that is below
 1e-6 or above 1 - 1e-6 (so sound words fail with probability 2.3e-4 at most). WEAK, below 0.005 or above 0.995, is what one

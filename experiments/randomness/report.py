@@ -152,15 +152,16 @@ def about_tests(records: dict[str, Record]) -> str:
     caught = ", ".join(f"{name} {len(record['rejected'])}" for name, record in checks.items() if record["rejected"])
     uncaught = ", ".join(name for name, record in checks.items() if not record["rejected"])
     return (
-        f"`make randomness` puts {len(results)} tests to what the fused op returns, by a "
-        "[plan](../experiments/randomness/plan.py) that is fixed before it looks: distribution, moments, correlation along "
-        "columns, across tokens and at any shift of both, the two-dimensional spectrum, and what neighbouring seeds, streams "
-        f"and steps, and tokens 2^32 apart, have in common. For each element type that is {elements / 1e6:.0f} million "
-        f"elements, and {pairs / 1e6:.0f} million pairs of related ones. At a family-wise level "
-        f"of 0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} "
-        f"({smallest['type']}, {smallest['test']}). The tests can fail. Of the same number on smaller samples of noise that "
-        f"is broken on purpose, these reject: {caught}. They cannot see everything: {uncaught}, a "
-        "Philox that keeps its key from round to round, passes; the known answers in the test suite keep that out."
+        f"`make randomness` applies {len(results)} tests to the output of the fused op. Their "
+        "[plan](../experiments/randomness/plan.py) is fixed before they see the noise. They test the distribution, moments, "
+        "correlation along columns, across tokens and at any shift of both, the two-dimensional spectrum, and what "
+        "neighbouring seeds, streams and steps, and tokens 2^32 apart, have in common. For each element type they use "
+        f"{elements / 1e6:.0f} million elements and {pairs / 1e6:.0f} million pairs of related ones. At a "
+        "family-wise level of "
+        f"0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} ({smallest['type']}, {smallest['test']}).\n\n"
+        "The tests can fail. Applied to smaller samples of noise that is broken on purpose, this many of them reject: "
+        f"{caught}. They do not find everything: {uncaught}, a Philox that keeps its key in all rounds, passes; the known "
+        "answers in the test suite exclude it."
     )
 
 
@@ -171,8 +172,10 @@ def about_control(record: Record, control: Record) -> str:
     theirs = [test["p"] for test in control["tests"]]
     high = [sum(p > 0.9 for p in each) for each in (ours, theirs)]
     return (
-        f" Many of its p-values are above 0.9; that is dieharder's: of the {len(theirs)} of rgb_bitdist and rgb_lagged_sum "
-        f"that were also taken of its own AES generator, {high[0]} are so here, and {high[1]} there."
+        f" Many of its p-values are above 0.9. That is a property of dieharder: of the {len(theirs)} p-values "
+        "of rgb_bitdist and "
+        "rgb_lagged_sum that were also computed for dieharder's own AES generator, "
+        f"{high[0]} are above 0.9 here, and {high[1]} there."
     )
 
 
@@ -183,10 +186,10 @@ def about_battery(record: Record, control: Record | None) -> str:
     named = ", ".join(f"{test['test']} {test['ntuple']} {test['p']:.6f}" for test in others)
     return (
         f"dieharder {record['version']} (`{record['command']}`) read {record['bytes'] / 1e9:.0f} GB of the raw words, in the "
-        f"order in which bf16 training steps of width 4096 take them: of {len(verdicts)} p-values {count['PASSED']} passed, "
-        f"{count['WEAK']} are weak and {count['FAILED']} failed. One in a hundred must be weak, below 0.005 or above 0.995"
-        + (f"; here: {named}." if named else ".")
-        + (about_control(record, control) if control else "")
+        f"order in which bf16 training steps of width 4096 use them. Of {len(verdicts)} p-values {count['PASSED']} passed, "
+        f"{count['WEAK']} are weak and {count['FAILED']} failed. One in a hundred is expected to be weak, below "
+        "0.005 or above "
+        "0.995" + (f"; here: {named}." if named else ".") + (about_control(record, control) if control else "")
     )
 
 
@@ -206,15 +209,17 @@ def about_rounding(record: Record) -> str:
     hook_mean = f"{min(means['hook']):.4f} m to {max(means['hook']):.4f} m"
     our_mean = f"{max(map(abs, means['ours'])):.4f} m"
     return (
-        "What is left of the noise when the sum is rounded to 16 bits depends on the embeddings. At alpha "
-        f"{record['alpha']:g} and 2048 tokens, of bf16 embeddings with a standard deviation of 0.02 {usual['changed']:.0%} of "
-        f"the elements change, and what is left correlates with what was meant by {usual['correlation']:.4f}. With a standard "
-        f"deviation of 1 and 8192 tokens, {large['changed']:.0%} change and the correlation is {large['correlation']:.2f}; "
-        f"fp16 keeps {large_fp16['correlation']:.2f}. **The Hugging Face hook keeps just as much**: over the whole picture "
-        f"the correlations differ by at most {apart:.4f}, although it rounds the noise before it adds it. What ours has ahead "
-        "is the mean. torch draws the hook's noise from [-m, m), and in bf16 the missing end shows: its mean on this CPU is "
-        f"{hook_mean}. Ours is within {our_mean} of zero, at a standard error of {error:.4f} m. We know of nothing in "
-        "training that would notice."
+        "How much of the noise remains when the sum is rounded to 16 bits depends on the embeddings. At alpha "
+        f"{record['alpha']:g} and 2048 tokens, with bf16 embeddings of standard deviation 0.02, {usual['changed']:.0%} of the "
+        "elements change, and the remaining noise correlates with the noise before rounding by "
+        f"{usual['correlation']:.4f}. With a standard deviation of 1 and 8192 tokens, {large['changed']:.0%} change and the "
+        f"correlation is {large['correlation']:.2f}; in fp16 it is {large_fp16['correlation']:.2f}. **The Hugging Face hook "
+        f"keeps just as much**: over the whole picture the correlations differ by at most {apart:.4f}, although "
+        "the hook rounds "
+        "the noise before it adds it. The difference is in the mean. torch draws the hook's noise from [-m, m), and in bf16 "
+        f"the missing end shows: its mean on this CPU is {hook_mean}. The mean of our noise is within "
+        f"{our_mean} of zero, with "
+        f"a standard error of {error:.4f} m. We know of no effect of this on training."
     )
 
 
@@ -230,7 +235,7 @@ def main() -> None:
         about_rounding(records["rounding"]),
         "![What is left of the noise after rounding](../experiments/randomness/results/rounding.png)",
         f"Measured on {tests['device']}, torch {tests['torch']}, commit {tests['commit']}; "
-        "[the records](../experiments/randomness/results/randomness.jsonl) hold every p-value.",
+        "[the records](../experiments/randomness/results/randomness.jsonl) contain every p-value.",
     ]
     write_section(DOCS / "randomness.md", "randomness", "\n\n".join(paragraphs))
 

@@ -1,17 +1,21 @@
 """Noise for the time of a training run: a callback for the Trainer, and the Trainer's own option on our kernels.
 
-Importing this module imports transformers.
+Importing this module imports transformers. It works with transformers 4.40 and newer.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from neft_kernels.models.lookups import input_embeddings
+from neft_kernels.models.noise import HOOK_ATTRIBUTE
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.replace import noisy_modules, replace_embeddings, restore_embeddings, set_alpha
 from neft_kernels.ops.backends import logger
@@ -19,22 +23,31 @@ from neft_kernels.ops.backends import logger
 __all__ = ["NEFTuneCallback", "patch_transformers"]
 
 
-class _Replacement:
-    """The embeddings of one model, noisy until :meth:`remove`; like the handle of a hook."""
+#: What is to be undone when the ``Trainer.train`` under way ends.
+_training: ContextVar[contextlib.ExitStack | None] = ContextVar("_training", default=None)
 
-    def __init__(self, model: nn.Module, alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
-        self.model: nn.Module | None = model
+
+class _TrainingNoise:
+    """The noise of one training run at a time. The Trainer takes it for the handle of a hook, and calls :meth:`remove`."""
+
+    def __init__(self, asked_by: str) -> None:
+        self.asked_by = asked_by
+        self.model: nn.Module | None = None
+
+    def begin(self, model: nn.Module, alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
+        """Makes `model` noisy until :meth:`remove`, or until the Trainer's ``train`` ends."""
+        self.remove()  # auto_find_batch_size begins anew, with no end in between
+        if any(noisy_modules(model)):
+            logger.warning("%s does nothing, because replace_embeddings() made the model noisy already", self.asked_by)
+            return
         replace_embeddings(model, alpha, **options)
-
-    @classmethod
-    def of_nothing(cls) -> "_Replacement":
-        """A handle that has nothing to undo."""
-        handle = cls.__new__(cls)
-        handle.model = None
-        return handle
+        self.model = model
+        training = _training.get()
+        if training is not None:
+            training.callback(self.remove)
 
     def remove(self) -> None:
-        """Undoes it; a second time, nothing."""
+        """Makes the model plain again; a second time, nothing."""
         if self.model is not None:
             restore_embeddings(self.model)
             self.model = None
@@ -49,7 +62,8 @@ class NEFTuneCallback(TrainerCallback):
 
     It leaves alone, with a warning, a model that is noisy already and a Trainer whose ``neftune_noise_alpha`` is set: no
     token ever gets noise twice. So that an exception in ``Trainer.train`` restores the model too, the first callback made
-    wraps that method.
+    wraps that method. A callback that is removed during training leaves the noise on until training ends;
+    ``set_alpha(model, 0)`` turns it off at once.
 
     Args:
         alpha: NEFTune's noise scale, >= 0, or a schedule: a callable that is given the Trainer's global step.
@@ -63,45 +77,43 @@ class NEFTuneCallback(TrainerCallback):
         _check_options(alpha, options)
         self.alpha = alpha
         self.options = options
-        self.replacement: _Replacement | None = None
-        _restore_when_training_fails()
+        self.noise = _TrainingNoise("NEFTuneCallback")
+        _wrap_train()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = kwargs["model"]
         if getattr(args, "neftune_noise_alpha", None) is not None:
             logger.warning(
                 "NEFTuneCallback does nothing, because neftune_noise_alpha is set as well; unset one of them"
             )
-        elif any(noisy_modules(model)):
-            logger.warning("NEFTuneCallback does nothing, because replace_embeddings() made the model noisy already")
         else:
-            self.replacement = _Replacement(model, self.alpha, self.options)
+            self.noise.begin(kwargs["model"], self.alpha, self.options)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.replacement is not None and self.replacement.model is not None and callable(self.alpha):
-            set_alpha(self.replacement.model, self.alpha, step=state.global_step)
+        if self.noise.model is not None and callable(self.alpha):
+            set_alpha(self.noise.model, self.alpha, step=state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.replacement is not None:
-            self.replacement.remove()
-            self.replacement = None
+        self.noise.remove()
 
 
 class patch_transformers:
-    """Makes the Trainer's own ``neftune_noise_alpha`` run on our kernels, with no other change: TRL, axolotl, LLaMA-Factory.
+    """Makes the Trainer's own ``neftune_noise_alpha`` run on our kernels: TRL, axolotl, LLaMA-Factory.
 
     ::
 
         patch_transformers()                      # from here on
         with patch_transformers(): ...            # or only in here
 
-    Unlike the Trainer's own hook it also goes away when training fails. Options are those of
+    Call it in the process that trains. Commands such as ``axolotl train`` and ``swift sft`` train in a child process:
+    ``neft-kernels run axolotl train config.yaml`` patches that as well.
+
+    Unlike the Trainer's own hook the noise also ends when training fails. Options are those of
     :func:`neft_kernels.replace_embeddings`; calling it again replaces them. :meth:`undo` brings back what was there before.
     """
 
@@ -109,20 +121,14 @@ class patch_transformers:
     _originals: tuple[Callable, Callable]
 
     def __init__(self, **options: Any) -> None:
-        if not hasattr(transformers.trainer, "activate_neftune"):
-            raise RuntimeError(
-                f"patch_transformers needs transformers 5 or newer, not {transformers.__version__}; use NEFTuneCallback"
-            )
+        owner, names = _own_hook()
         _check_options(0.0, options)
         self.options = options
         if not patch_transformers._active:
-            patch_transformers._originals = (
-                transformers.trainer.activate_neftune,
-                transformers.trainer.deactivate_neftune,
-            )
+            patch_transformers._originals = getattr(owner, names[0]), getattr(owner, names[1])
         patch_transformers._active.append(self)
         self._install()
-        _restore_when_training_fails()
+        _wrap_train()
 
     def undo(self) -> None:
         """Takes this patch back, in any order with others; a second time, nothing."""
@@ -132,12 +138,13 @@ class patch_transformers:
 
     @staticmethod
     def _install() -> None:
+        owner, names = _own_hook()
+        functions = patch_transformers._originals
         if patch_transformers._active:
             newest = patch_transformers._active[-1]
-            functions: tuple[Callable, Callable] = (newest._activate, newest._deactivate)
-        else:
-            functions = patch_transformers._originals
-        transformers.trainer.activate_neftune, transformers.trainer.deactivate_neftune = functions
+            functions = newest._functions() if owner is transformers.trainer else newest._methods()
+        for name, function in zip(names, functions, strict=True):
+            setattr(owner, name, function)
 
     def __enter__(self) -> "patch_transformers":
         return self
@@ -145,17 +152,47 @@ class patch_transformers:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _activate(self, model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None) -> _Replacement:
-        model = _unwrapped(model, accelerator)
-        if any(noisy_modules(model)):
-            logger.warning(
-                "neftune_noise_alpha does nothing, because replace_embeddings() made the model noisy already"
-            )
-            return _Replacement.of_nothing()
-        return _Replacement(model, neftune_noise_alpha, self.options)
+    def _functions(self) -> tuple[Callable, Callable]:
+        """What replaces the two functions of transformers 5.2 and newer."""
 
-    def _deactivate(self, model: nn.Module, hook_handle: Any, accelerator: Any = None) -> None:
-        hook_handle.remove()
+        def activate_neftune(model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None) -> _TrainingNoise:
+            noise = _TrainingNoise("neftune_noise_alpha")
+            unwrapped = model if accelerator is None else accelerator.unwrap_model(model)
+            noise.begin(unwrapped, neftune_noise_alpha, self.options)
+            return noise
+
+        def deactivate_neftune(model: nn.Module, hook_handle: Any, accelerator: Any = None) -> None:
+            hook_handle.remove()
+            embedding, _ = input_embeddings(model if accelerator is None else accelerator.unwrap_model(model))
+            if embedding is not None:
+                embedding.__dict__.pop(HOOK_ATTRIBUTE, None)  # which some trainers set, although there is no such hook
+
+        return activate_neftune, deactivate_neftune
+
+    def _methods(self) -> tuple[Callable, Callable]:
+        """What replaces the two methods of the Trainer before that."""
+        activate, deactivate = self._functions()
+
+        def _activate_neftune(trainer: Any, model: nn.Module) -> nn.Module:
+            trainer.neftune_hook_handle = activate(model, trainer.neftune_noise_alpha, trainer.accelerator)
+            return model
+
+        def _deactivate_neftune(trainer: Any, model: nn.Module) -> None:
+            deactivate(model, trainer.neftune_hook_handle, trainer.accelerator)
+
+        return _activate_neftune, _deactivate_neftune
+
+
+def _own_hook() -> tuple[Any, tuple[str, str]]:
+    """Where transformers puts its own hook on and takes it off: the module and the names of two functions.
+
+    Before 5.2 it is the Trainer and two of its methods.
+    """
+    for owner, prefix in ((transformers.trainer, ""), (transformers.Trainer, "_")):
+        names = f"{prefix}activate_neftune", f"{prefix}deactivate_neftune"
+        if all(hasattr(owner, name) for name in names):
+            return owner, names
+    raise RuntimeError(f"patch_transformers needs transformers 4.40 or newer, not {transformers.__version__}")
 
 
 def _check_options(alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:
@@ -165,26 +202,18 @@ def _check_options(alpha: float | Callable[[int], float], options: dict[str, Any
     NoiseOptions(**options)
 
 
-def _unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:
-    return model if accelerator is None else accelerator.unwrap_model(model)
-
-
-def _restore_when_training_fails() -> None:
-    """Wraps ``Trainer.train``, once, so that what it made noisy is plain again however it ends."""
+def _wrap_train() -> None:
+    """Wraps ``Trainer.train``, once, so that its model is plain again however it ends, also if the callback was removed."""
     train = transformers.Trainer.train
     if hasattr(train, "_neft_kernels"):
         return
 
     @functools.wraps(train)
     def wrapped(self: transformers.Trainer, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with contextlib.ExitStack() as training:
+            token = _training.set(training)
+            training.callback(_training.reset, token)
             return train(self, *args, **kwargs)
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, NEFTuneCallback):
-                    callback.on_train_end(self.args, self.state, self.control)
-            if isinstance(getattr(self, "neftune_hook_handle", None), _Replacement):
-                self.neftune_hook_handle.remove()
 
     wrapped._neft_kernels = True  # type: ignore[attr-defined]
     transformers.Trainer.train = wrapped  # type: ignore[method-assign]

@@ -1,92 +1,103 @@
-"""What the current forward pass says about the sequences in its batch.
+"""What a forward pass says about the sequences in its batch, and how the embedding reads it."""
 
-Hooks on the modules around an embedding put a :class:`Batch` on a stack while the module's forward runs, and the embedding
-reads the innermost one. One hook on the model alone is not enough: a decoder is called with a mask of its own, and a part of
-the model may be called directly.
-"""
-
-import copy
-import inspect
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neft_kernels.models.layout import is_rearranged
-from neft_kernels.ops.backends import logger
 from neft_kernels.ops.checks import broadcasts
+from neft_kernels.ops.magnitude import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from neft_kernels.models.state import ModelNoise
+    from neft_kernels.models.options import NoiseOptions
 
-__all__ = ["ARGUMENTS", "EMPTY_BATCH", "Batch", "BatchHook", "PassStack", "in_backward", "parameters_of_forward"]
+__all__ = ["EMPTY_BATCH", "Batch"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a forward pass says about its batch. Names and shapes are those of :func:`neft_kernels.noise_magnitude`."""
+    """What a forward pass says about its batch. Names and shapes are those of :func:`neft_kernels.noise_magnitude`.
 
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    cu_seq_lens: Tensor | None = None
-    labels: Tensor | None = None
+    What the model is given in place of a tensor, such as a BlockMask, stands here as it is, so that it can be named in a note.
+    """
+
+    attention_mask: Any = None
+    position_ids: Any = None
+    cu_seq_lens: Any = None
+    labels: Any = None
     #: The token ids that the others are about, ``[..., L]``, as the model was given them.
     input_ids: Tensor | None = None
     #: A cache was passed: tokens are being generated, and get no noise.
     generating: bool = False
+    #: The ids are those of a decoder beside an encoder, so the labels are about them.
+    is_decoder: bool = False
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is known."""
         return self.input_ids is None and not self.generating and not any(self._given())
 
-    def inside(self, known: dict[str, Tensor | None], input_ids: Tensor | None) -> "Batch":
+    def inside(self, known: dict[str, Any], input_ids: Tensor | None) -> "Batch":
         """The batch inside a module that is called with `input_ids` and with what is `known`, None included.
 
         What is known of the batch outside still holds if the module is called with the same ids.
         """
         if input_ids is not None and input_ids is self.input_ids:
             known = {name: value for name, value in known.items() if value is not None}
-        return replace(self, **known)  # type: ignore[arg-type]
+        return replace(self, **known)
 
-    def about(self, ids: Tensor, row_length: int | None, with_labels: bool) -> tuple[Tensor, dict[str, Tensor], str]:
+    def about(
+        self, ids: Tensor, row_length: int | None, options: "NoiseOptions"
+    ) -> tuple[Tensor, dict[str, Tensor], str]:
         """What this batch says about `ids` ``[..., l]``, which the model looks up.
 
         Args:
-            row_length: the number of tokens in a row of which `ids` are a part. What is as long as that is about the whole
-            rows.
-                None: `ids` are whole rows.
-            with_labels: whether the labels count.
+            ids: the token ids.
+            row_length: None if `ids` are whole rows; else the length of the rows of which they are a part. What is as long as
+                that is about the whole rows.
+            options: decide what counts.
 
         Returns:
             The ids that the model was given before it rearranged them, or `ids` themselves; the arguments of
-            :func:`neft_kernels.noise_magnitude` for these; and a note on what cannot be used.
+            :func:`neft_kernels.noise_magnitude` for these; and a note if they do not tell what they should.
         """
-        usable, notes = {}, []
         tokens = ids
         if row_length is None and self.input_ids is not None and is_rearranged(self.input_ids, ids):
             tokens = self.input_ids
         row_length = tokens.shape[-1] if row_length is None else row_length
+        told, unusable = {}, []
         for name, value in self._given():
-            if name == "labels" and not with_labels:
+            if options.noise_on == "all" if name == "labels" else options.scale_by == "batch":
                 continue
-            if name == "attention_mask" and value.ndim == tokens.ndim and value.shape[-1] != row_length:
-                value = value[..., -tokens.shape[-1] :]  # what comes before is about a cache, such as a prefix
+            value = _of_tokens(name, value, tokens, row_length)
             if _tells(name, value, tokens, row_length):
-                usable[name] = value
-            elif not torch.compiler.is_compiling():
-                notes.append(
-                    f"{name} of shape {list(value.shape)} does not tell the lengths of ids of shape {list(tokens.shape)}"
-                )
-        if tokens.shape != ids.shape and not torch.compiler.is_compiling():
+                told[name] = value
+            else:
+                unusable.append((name, value))
+        by_labels = self.is_decoder and options.scale_by == "sequence" and not told
+        if by_labels and _tells("labels", self.labels, tokens, row_length):
+            # A decoder is seldom given a mask. Its collator fills labels up with IGNORED_LABEL.
+            counts = (self.labels != IGNORED_LABEL).flip(-1).cumsum(-1).flip(-1) > 0
+            told["attention_mask"] = counts.to(torch.int64)
+        if torch.compiler.is_compiling():
+            return tokens, told, ""
+        notes = [f"{_described(name, value, tokens)} does not tell the lengths of ids of shape {list(tokens.shape)}"
+                 for name, value in unusable]  # fmt: skip
+        if tokens.shape != ids.shape:
             notes.append(f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}")
-        return tokens, usable, "; ".join(notes)
+        if (
+            not notes
+            and not told.keys() - {"labels"}
+            and options.scale_by == "sequence"
+            and tokens.shape[:-1].numel() > 1
+        ):
+            notes.append(f"nothing tells the lengths of ids of shape {list(tokens.shape)}, so all of them count")
+        return tokens, told, "; ".join(notes)
 
-    def _given(self) -> Iterator[tuple[str, Tensor]]:
+    def _given(self) -> Iterator[tuple[str, Any]]:
         for name in ("attention_mask", "position_ids", "cu_seq_lens", "labels"):
             if (value := getattr(self, name)) is not None:
                 yield name, value
@@ -95,9 +106,20 @@ class Batch:
 EMPTY_BATCH = Batch()
 
 
-def _tells(name: str, value: Tensor, ids: Tensor, row_length: int) -> bool:
-    """Whether the shape and the device of `value` are such that :func:`noise_magnitude` takes it as `name` of `ids`."""
-    if value.device != ids.device:
+def _of_tokens(name: str, value: Any, ids: Tensor, row_length: int) -> Any:
+    """The part of `value` that is about `ids`."""
+    if not isinstance(value, Tensor):
+        return value
+    if name == "attention_mask" and value.ndim == ids.ndim and value.shape[-1] != row_length:
+        return value[..., -ids.shape[-1] :]  # what comes before is about a cache, such as a prefix
+    if name == "position_ids" and value.ndim == ids.ndim + 1 and value.shape[0] == 4:
+        return value[0]  # of text; transformers' multimodal models put it before time, height and width
+    return value
+
+
+def _tells(name: str, value: Any, ids: Tensor, row_length: int) -> bool:
+    """Whether `value` has the type, device and shape with which :func:`noise_magnitude` takes it as `name` of `ids`."""
+    if not isinstance(value, Tensor) or value.device != ids.device:
         return False
     if name == "cu_seq_lens":
         return ids.numel() == ids.shape[-1] and value.ndim == 1 and 2 <= value.shape[0] <= row_length + 1
@@ -107,188 +129,8 @@ def _tells(name: str, value: Tensor, ids: Tensor, row_length: int) -> bool:
     return value.shape[:-1] == rows or (name == "position_ids" and broadcasts(value.shape[:-1], rows))
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """The forward pass of a module, under way."""
-
-    batch: Batch
-    owner: object
-    outside: "_Pass | None"
-    is_traced: bool  # by a compiler. It then belongs to the passes of the graph, in whatever thread
-
-
-class PassStack:
-    """The forward passes of one model that are under way. Each thread has its own, because several may run the model."""
-
-    def __init__(self) -> None:
-        self._of_thread: dict[int, _Pass] = {}
-        # The pass that began last, in whatever thread. A compiled graph cannot tell threads apart.
-        self._last: _Pass | None = None
-
-    @property
-    def batch(self) -> Batch:
-        """The batch of the innermost pass of this thread."""
-        innermost = self._innermost()
-        return EMPTY_BATCH if innermost is None else innermost.batch
-
-    @property
-    def in_compiled_model(self) -> bool:
-        """Whether the outermost pass of this thread is that of a compiled model."""
-        outermost = self._innermost()
-        while outermost is not None and outermost.outside is not None:
-            outermost = outermost.outside
-        return outermost is not None and outermost.is_traced
-
-    def push(self, owner: object, batch: Batch) -> None:
-        """A pass of `owner` begins inside those that are under way."""
-        self._set(_Pass(batch, owner, self._innermost(), torch.compiler.is_compiling()))
-
-    def pop(self, owner: object) -> None:
-        """The innermost pass of `owner` ends, and with it all passes inside of it. Without one, nothing happens."""
-        innermost = self._innermost()
-        while innermost is not None and innermost.owner is not owner:
-            innermost = innermost.outside
-        if innermost is not None:
-            self._set(innermost.outside)
-
-    def _innermost(self) -> _Pass | None:
-        last = self._last
-        if torch.compiler.is_compiling():
-            return last
-        own = self._of_thread.get(threading.get_ident())
-        # A module that a compiled graph calls outside of the graph runs inside of the graph's pass.
-        return last if own is None and last is not None and last.is_traced else own
-
-    def _set(self, innermost: _Pass | None) -> None:
-        self._last = innermost
-        if torch.compiler.is_compiling():
-            return
-        if innermost is None or innermost.is_traced:
-            self._of_thread.pop(threading.get_ident(), None)
-        else:
-            self._of_thread[threading.get_ident()] = innermost
-
-    def __reduce__(self) -> tuple:
-        return PassStack, ()  # copies and pickles have nothing of the passes under way
-
-
-def in_backward() -> bool:
-    """Whether this runs inside backward, as the passes do that activation checkpointing recomputes."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-# --- the hook --------------------------------------------------------------------------------------------------------
-
-#: Arguments that hold a cache of any class. transformers calls it `cache` from 5.24 on. Its `mems` and `state` are left out,
-#: because models are given those in training too.
-_CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states")
-_FIELDS = {
-    "attention_mask": "attention_mask",
-    "position_ids": "position_ids",
-    "cu_seq_lens_q": "cu_seq_lens",
-    "labels": "labels",
-}
-#: For a module that takes ids of the decoder and no others.
-_FIELDS_OF_DECODER = {
-    "decoder_attention_mask": "attention_mask",
-    "decoder_position_ids": "position_ids",
-    "labels": "labels",
-}
-
-
-#: The arguments of a module that say something about the batch.
-ARGUMENTS = frozenset((*_FIELDS, *_CACHES))
-
-
-class BatchHook:
-    """Hooks on a module around an embedding: what the module is called with holds while its forward runs.
-
-    The innermost module that takes an argument decides on it. A decoder's ``attention_mask`` is its own, not the encoder's.
-    """
-
-    def __init__(self, noise: "ModelNoise", module: nn.Module) -> None:
-        self.noise = noise
-        self.parameters = parameters_of_forward(module)
-        self.positional = parameters_of_forward(module, positional=True)
-        self.warned: set[str] = set()
-        # transformers' class of caches, if it is imported; a model of transformers has imported it.
-        self.cache_class: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
-
-    def attach(self, module: nn.Module) -> None:
-        """Registers both hooks."""
-        module.register_forward_pre_hook(self.before, with_kwargs=True)
-        module.register_forward_hook(self.after, always_call=True)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "BatchHook":
-        # A module's hooks are copied before its submodules, so the embeddings below find the copy in `memo`.
-        if id(self) not in memo:
-            twin = memo[id(self)] = copy.copy(self)
-            twin.noise = self.noise.own_copy(memo)
-        return memo[id(self)]
-
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Reads the arguments, and pushes the batch that they describe."""
-        given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
-        has_cache = any(self._is_cache(name, value) for name, value in given.items())
-        given = {name: value if isinstance(value, Tensor) else None for name, value in given.items()}
-        passes = self.noise.passes
-        passes.pop(self)  # a pass that an interrupt cut off: hooks do not run after an interrupt
-        outside = passes.batch
-
-        is_decoder = "decoder_input_ids" in given and "input_ids" not in given
-        fields = _FIELDS_OF_DECODER if is_decoder else _FIELDS
-        known = {field: given[name] for name, field in fields.items() if name in given}
-        if is_decoder or given.get("encoder_hidden_states") is not None:
-            # A decoder has ids of its own. What is known of the batch outside is not about them.
-            known = dict.fromkeys(("attention_mask", "position_ids", "cu_seq_lens")) | known
-        input_ids = given.get("decoder_input_ids" if is_decoder else "input_ids")
-        if "attention_mask" in known:  # and so the ids that it is about
-            known["input_ids"] = input_ids
-        batch = outside.inside(known, input_ids)
-        # A cache that the model creates and passes to its own parts does not mean generation. Nor does a cache beside labels:
-        # prefix tuning passes its prefix as a cache.
-        generates = has_cache and outside.is_empty and batch.labels is None
-        batch = replace(batch, generating=outside.generating or generates)
-        passes.push(self, batch)
-
-        if (
-            outside is not EMPTY_BATCH or torch.compiler.is_compiling()
-        ):  # a graph would be tied to the count of one pass
-            return
-        in_training = module.training and torch.is_grad_enabled() and not in_backward()
-        if in_training:
-            self.noise.alpha.count_pass()
-            if batch.generating:
-                self._warn("a cache was passed to the model in training: taken for generation, which gets no noise")
-        has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
-        must_reach = in_training and input_ids is not None and input_ids.ndim > 0 and not has_embeds
-        self.noise.coverage.begin(must_reach)
-
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Pops the batch."""
-        self.noise.passes.pop(self)
-        if torch.compiler.is_compiling() or self.noise.passes.batch is not EMPTY_BATCH:
-            return
-        if self.noise.coverage.end() and output is not None:  # None: the forward failed
-            self._warn(
-                "the model's pass in training reached no noisy embedding, so there is no noise: something put on since, as an "
-                "adapter is, looks tokens up past it; call replace_embeddings() again"
-            )
-
-    def _is_cache(self, name: str, value: Any) -> bool:
-        """Whether an argument holds a cache: by its class, or by its name unless it is a switch, as ``cache=True``."""
-        if isinstance(value, self.cache_class):
-            return True
-        return name in _CACHES and value is not None and not isinstance(value, bool)
-
-    def _warn(self, message: str) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
-            logger.warning(message)
-
-
-def parameters_of_forward(module: nn.Module, positional: bool = False) -> tuple[str, ...]:
-    """The names of the parameters of the module's forward, all or those that can be given by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(module.forward).parameters.values()
-    return tuple(each.name for each in parameters if not positional or each.kind in kinds)
+def _described(name: str, value: Any, ids: Tensor) -> str:
+    if not isinstance(value, Tensor):
+        return f"{name} of type {type(value).__name__}"
+    where = "" if value.device == ids.device else f" on {value.device}, not on {ids.device},"
+    return f"{name} of shape {list(value.shape)}{where}"

@@ -3,6 +3,7 @@
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["OFF", "FirstPasses"]
@@ -16,29 +17,33 @@ class FirstPasses:
 
     Activation checkpointing runs a region again inside backward. Then the modules around the region may not run, so its masks
     are not known; gradients may be enabled that were not; and ``no_noise`` may have ended. Passes are told apart by the
-    storage of the ids, because a region may look up a view of the ids that it is given. Entries live as long as the ids.
+    storage of the ids, because a region may look up a view of the ids that it is given. Entries live as long as the ids, the
+    last one longer.
     """
 
     def __init__(self) -> None:
         self._by_storage: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
-        self._last: tuple[int, Any] | None = None  # number of ids and noise of the last pass
+        self._last: tuple[Tensor, Any] | None = None  # ids and noise of the last pass
 
     def remember(self, ids: Tensor, noise: Any) -> None:
         """A first pass on `ids` has `noise`: a magnitude, or OFF."""
         if type(ids) is Tensor:  # not one that stands for others inside a transform or a trace
             self._by_storage.setdefault(ids.untyped_storage(), {})[ids.storage_offset(), ids.numel()] = noise
-            self._last = ids.numel(), noise
+            self._last = ids, noise
 
     def recall(self, ids: Tensor) -> Any:
         """What the first pass on `ids` had. None if there was none.
 
-        If the ids were moved in between, as ``save_on_cpu`` does it, the last pass with as many ids counts.
+        Ids that were copied in between, as ``save_on_cpu`` does it, are compared with those of the last pass by value. Only
+        then the host waits for the device.
         """
         if type(ids) is not Tensor:
             return None
         noise = self._by_storage.get(ids.untyped_storage(), {}).get((ids.storage_offset(), ids.numel()))
-        if noise is None and self._last is not None and self._last[0] == ids.numel():
-            noise = self._last[1]
+        if noise is None and self._last is not None:
+            last, noise_of_last = self._last
+            if last.numel() == ids.numel() and last.device == ids.device and torch.equal(last.flatten(), ids.flatten()):
+                return noise_of_last
         return noise
 
     def __reduce__(self) -> tuple:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from neft_kernels.models.embedding import NEFTuneEmbedding
+from neft_kernels.models.embedding import NEFTuneEmbedding, is_wrapper
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.replace import noisy_modules
-from neft_kernels.models.sharding import is_dtensor
 from neft_kernels.ops.backends import choose_backend
 
 __all__ = ["EmbeddingReport", "Report", "describe"]
@@ -74,7 +74,6 @@ def describe(model: nn.Module) -> Report:
 
 def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
     model, options = noise.model, noise.model.options
-    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     state = noise.state(module)
     return EmbeddingReport(
         name=name or "(the model itself)",
@@ -84,14 +83,24 @@ def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingRep
         scale_by=options.scale_by,
         noise_on=options.noise_on,
         stream=options.stream,
-        backend=choose_backend(device, options.backend),
+        backend=choose_backend(noise.last_device or _device_type(module), options.backend),
         state="off: alpha is 0" if state == "on" and model.alpha.now() == 0 else state,
         last_magnitude=noise.bounds(),
-        note="; ".join(filter(None, (noise.standing_note, noise.note, MISSED if model.coverage.missed else ""))),
+        note="; ".join(
+            filter(None, (noise.standing_note, noise.note, model.warning, MISSED if model.coverage.missed else ""))
+        ),
     )
 
 
 def _is_fused(module: nn.Module, noise: EmbeddingNoise) -> bool:
     if not isinstance(module, NEFTuneEmbedding):
         return False
-    return not (is_dtensor(module.weight) if noise.table_was_sharded is None else noise.table_was_sharded)
+    return not is_wrapper(module.weight) if noise.was_fused is None else noise.was_fused
+
+
+def _device_type(module: nn.Module) -> str:
+    """Where `module` runs: accelerate moves a table that it keeps elsewhere there for its forward."""
+    where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if where is None:
+        where = next((parameter.device for parameter in module.parameters()), "cpu")
+    return torch.device(where).type

@@ -6,14 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neft_kernels.models import sharding
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
+from neft_kernels.models.passes import parameters_of_forward
 from neft_kernels.models.state import ModelNoise
 from neft_kernels.ops.autograd import add_noise, noisy_embedding
 
-__all__ = ["NEFTuneEmbedding", "NoiseHook"]
+__all__ = ["NEFTuneEmbedding", "NoiseHook", "is_wrapper"]
+
+#: The arguments of :func:`neft_kernels.noise_magnitude` that a noisy embedding takes beside the ids.
+SEQUENCES = frozenset(("attention_mask", "position_ids", "cu_seq_lens", "labels"))
 
 
 class NEFTuneEmbedding(nn.Embedding):
@@ -61,32 +66,55 @@ class NEFTuneEmbedding(nn.Embedding):
                 :func:`neft_kernels.replace_embeddings` made it noisy.
         """
         noise = self.noise
-        if noise is None or input.ndim == 0 or not noise.is_on(self, input):
-            return super().forward(input)
-        weight = self.weight
-        is_sharded = sharding.is_dtensor(weight)
+        plain = functools.partial(super().forward, input)
+        if noise is None or input.ndim == 0:
+            return plain()
+        options = noise.model.options
+        part = None if options.sequence_group is None else sharding.part_of_rank(input, options)
+        # Fused, each run of tokens would have a gradient of the size of the table.
+        is_fused = not is_wrapper(self.weight) and (part is None or part.is_one_run(input))
         if not torch.compiler.is_compiling():
-            noise.table_was_sharded = is_sharded
-        if is_sharded:
-            ids = input.full_tensor() if sharding.is_dtensor(input) else input  # type: ignore[attr-defined]
-            groups = sharding.tensor_parallel_groups(self)
-            return sharding.add_to_whole(
-                super().forward(input), lambda embeds: _add_to(embeds, noise, ids, groups, sequences)
-            )
-        part = sharding.part_of_rank(input, noise.model.options)
-        if part is not None and not part.is_one_run(input):
-            # Fused, each run of tokens would have a gradient of the size of the table.
-            return _add_to(super().forward(input), noise, input, (), sequences)
+            noise.was_fused = is_fused
+        if not is_fused:
+            return self._forward_in_two_steps(noise, plain, input, sequences)
         op = functools.partial(
             noisy_embedding,
             input,
-            weight,
+            self.weight,
             first_token=0 if part is None else part.pieces[0][0],
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return noise.add(op, input, self.embedding_dim, part, (), sequences)
+        return noise.add_if_on(self, op, plain, input, self.embedding_dim, part, sequences)
+
+    def _forward_in_two_steps(
+        self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
+    ) -> Tensor:
+        """The plain forward, then the noise on its output."""
+        if not noise.is_on(self, input):
+            return plain()
+        if not sharding.is_dtensor(self.weight):
+            return _add_to(plain(), noise, input, (), sequences)
+        ids = input.full_tensor() if sharding.is_dtensor(input) else input  # type: ignore[attr-defined]
+        groups = sharding.tensor_parallel_groups(self)
+        return sharding.add_to_whole(plain(), lambda embeds: _add_to(embeds, noise, ids, groups, sequences))
+
+    def __prepare_scriptable__(self) -> nn.Embedding:
+        """What torch.jit.script compiles in place of this module."""
+        if self.noise is not None:
+            raise RuntimeError(
+                "torch.jit.script cannot compile a noisy embedding; call restore_embeddings(model) first, or use "
+                "torch.compile or torch.export"
+            )
+        plain = nn.Embedding.__new__(nn.Embedding)
+        plain.__dict__.update({name: value for name, value in self.__dict__.items() if name != "built_in_noise"})
+        return plain
+
+
+def is_wrapper(weight: Tensor) -> bool:
+    """Whether the kernels cannot read `weight`: it is a DTensor, or quantised, as torchao does it to a table in place."""
+    return type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
 
 
 class NoiseHook:
@@ -95,33 +123,42 @@ class NoiseHook:
     def __init__(self, noise: EmbeddingNoise) -> None:
         self.noise = noise
         self._groups: Sequence[Any] = ()
+        self._sequences: dict[str, Tensor | None] = {}
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
-        module.register_forward_pre_hook(self.before)
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after, with_kwargs=True)
 
-    def before(self, module: nn.Module, args: tuple) -> None:
-        """Notes over which ranks the table is sharded. After the forward FSDP may have sharded it over its own ranks again."""
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Takes the arguments about sequences, as :meth:`NEFTuneEmbedding.forward` has them, which `module` does not know.
+
+        Notes over which ranks the table is sharded. After the forward FSDP may have sharded it over its own ranks again.
+        """
         self._groups = sharding.tensor_parallel_groups(module) if sharding.distributed_is_on() else ()
+        self._sequences = {}
+        if not SEQUENCES.intersection(kwargs) or SEQUENCES.intersection(parameters_of_forward(module)):
+            return None
+        self._sequences = {name: value for name, value in kwargs.items() if name in SEQUENCES}
+        return args, {name: value for name, value in kwargs.items() if name not in SEQUENCES}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """The output with its noise."""
-        noise, groups = self.noise, self._groups
+        noise, groups, sequences = self.noise, self._groups, self._sequences
         embeds = output[0] if isinstance(output, tuple) else output  # [..., L, D]
         ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds)
         if embeds.ndim < 2 or not noise.is_on(module, ids):
             return output
         if sharding.is_dtensor(embeds):
-            noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, noise, whole[..., 0], groups))
+            noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, noise, whole[..., 0], groups, sequences))
         else:
             width = getattr(module, "embedding_dim", embeds.shape[-1])
             if len(groups) == 1 and embeds.shape[-1] != width:  # the output of a table that is sharded by columns
                 noisy = sharding.add_to_columns(
-                    embeds, width, groups[0], lambda wide: _add_to(wide, noise, ids, groups)
+                    embeds, width, groups[0], lambda wide: _add_to(wide, noise, ids, groups, sequences)
                 )
             else:
-                noisy = _add_to(embeds, noise, ids, groups)
+                noisy = _add_to(embeds, noise, ids, groups, sequences)
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
 
 
@@ -130,7 +167,7 @@ def _add_to(
     noise: EmbeddingNoise,
     ids: Tensor,
     groups: Sequence[Any],
-    sequences: dict[str, Tensor | None] | None = None,
+    sequences: dict[str, Tensor | None],
 ) -> Tensor:
     """The noise of `ids` on `embeds` ``[..., l, D]``, of which a rank may hold a part.
 

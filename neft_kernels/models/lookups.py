@@ -1,15 +1,14 @@
-"""Finds the modules by which a model looks tokens up, and the modules around them."""
+"""Finds the modules by which a model looks tokens up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from neft_kernels.models.batch import ARGUMENTS, parameters_of_forward
 from neft_kernels.ops.checks import FLOAT_DTYPES
 
-__all__ = ["check_model", "input_embeddings", "is_encoder_decoder", "is_plain", "modules_around", "token_embeddings"]
+__all__ = ["check_model", "input_embeddings", "is_encoder_decoder", "is_plain", "token_embeddings"]
 
 
 def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
@@ -22,18 +21,11 @@ def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return token_embeddings(model.module)
     lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if not hasattr(model, "get_input_embeddings"):
-        if len(lookups) != 1:
-            raise ValueError(
-                f"model has no get_input_embeddings() and {len(lookups)} nn.Embedding modules, so its token embedding "
-                "is not known; pass the module that holds just that one"
-            )
-        return list(lookups), ""
     main, why_not = input_embeddings(model)
     if main is None:  # for transformers the text part beside a part for pictures is a decoder too
         main, _ = input_embeddings(_part(model, "decoder"))
     if main is None:
-        raise ValueError(f"model of class {type(model).__name__} names no input embeddings: {why_not}")
+        return _embeddings_of_parts(model, lookups, why_not)
     named, note = [main], ""
     if is_encoder_decoder(model):
         encoder, _ = input_embeddings(_part(model, "encoder"))  # of a picture or a sound, where it reads those
@@ -48,6 +40,33 @@ def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
     # What wraps a table, as PEFT's layers do, may look it up by itself; then noise goes on what the wrapper returns.
     inside = {part for module in named for part in module.modules() if part is not module}
     return [module for module in dict.fromkeys([*named, *tied]) if module not in inside], note
+
+
+def _embeddings_of_parts(model: nn.Module, lookups: Sequence[nn.Module], why_not: str) -> tuple[list[nn.Module], str]:
+    """:func:`token_embeddings` of a `model` that does not name its own: of the outermost parts that name theirs."""
+    found: dict[nn.Module, None] = {}
+    notes = []
+    for part in _parts_with_tables(model):
+        embeddings, note = token_embeddings(part)
+        found.update(dict.fromkeys(embeddings))
+        notes += [note] if note else []
+    if found:
+        return list(found), "; ".join(notes)
+    if len(lookups) == 1 and not hasattr(model, "get_input_embeddings"):
+        return list(lookups), ""
+    raise ValueError(
+        f"model of class {type(model).__name__} names no input embeddings ({why_not}), nor does a part of it, and it has "
+        f"{len(lookups)} nn.Embedding modules; pass the module that holds just one"
+    )
+
+
+def _parts_with_tables(model: nn.Module) -> Iterator[nn.Module]:
+    for part in model.children():
+        named = input_embeddings(part)[0] if hasattr(part, "get_input_embeddings") else None
+        if named is not None and any(isinstance(module, nn.Embedding) for module in named.modules()):  # not of pictures
+            yield part
+        else:
+            yield from _parts_with_tables(part)
 
 
 def check_model(model: nn.Module) -> None:
@@ -104,15 +123,3 @@ def is_plain(module: nn.Module) -> bool:
         and module.weight.layout == torch.strided
         and module.weight.dtype in FLOAT_DTYPES
     )
-
-
-def modules_around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
-    """`model`, and the modules between it and its embeddings whose arguments say something about the batch."""
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in embeddings]
-    paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
-    found = [model]
-    for path in sorted(paths):
-        module = model.get_submodule(path)
-        if module not in found and ARGUMENTS.intersection(parameters_of_forward(module)):
-            found.append(module)
-    return found

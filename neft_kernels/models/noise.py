@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.models.batch import in_backward
+from neft_kernels.models.batch import EMPTY_BATCH
 from neft_kernels.models.checkpointing import OFF, FirstPasses
 from neft_kernels.models.layout import rearranged
+from neft_kernels.models.passes import in_backward
 from neft_kernels.models.sharding import groups_of, seed_and_stream
 from neft_kernels.models.state import ModelNoise
 from neft_kernels.ops.backends import choose_backend, logger
+from neft_kernels.ops.checks import check_not_nested
 from neft_kernels.ops.magnitude import noise_magnitude
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HOOK_ATTRIBUTE", "EmbeddingNoise"]
 
-#: What transformers sets on an embedding that its own NEFTune hook is on.
+#: What transformers sets on an embedding that its own NEFTune hook is on, and the name of the hook.
 HOOK_ATTRIBUTE = "neftune_noise_alpha"
+HOOK_NAME = "neftune_post_forward_hook"
 
 
 class EmbeddingNoise:
@@ -41,8 +44,9 @@ class EmbeddingNoise:
         #: Of the last batch with noise: its magnitude, and why it is not what was asked for.
         self.last_magnitude: float | Tensor | None = None
         self.note = ""
-        #: Whether the table was a DTensor in the last forward pass. FSDP has it so only between passes.
-        self.table_was_sharded: bool | None = None
+        self.last_device: str | None = None  # type of it
+        #: Whether the last forward pass with noise was fused. FSDP shards a table between passes only. None: there was none.
+        self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
         self._warned: set[str] = set()
 
@@ -62,7 +66,7 @@ class EmbeddingNoise:
             return "off: inside no_noise"
         if model.passes.batch.generating:
             return "off: a cache is passed, so the model is generating"
-        if HOOK_ATTRIBUTE in module.__dict__:
+        if _other_noise_is_on(module):
             return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
         return "off: alpha is 0" if model.alpha.is_always_zero() else "on"
 
@@ -70,9 +74,9 @@ class EmbeddingNoise:
         """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had."""
         self.model.coverage.reach()
         self.warn_of_other_noise(module)
-        if torch.compiler.is_compiling():
-            return self.state(module) == "on"
         is_on = self.state(module) == "on"
+        if torch.compiler.is_compiling():
+            return is_on
         if in_backward() and (first := self.first_passes.recall(ids)) is not None:
             if first is OFF and is_on:
                 self._warn(
@@ -86,7 +90,7 @@ class EmbeddingNoise:
 
     def warn_of_other_noise(self, module: nn.Module) -> None:
         """Says once that this noise is off because the Hugging Face hook is on."""
-        if HOOK_ATTRIBUTE in module.__dict__:
+        if _other_noise_is_on(module):
             self._warn(
                 "the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise, so ours is off; "
                 "to use neft_kernels instead, unset it"
@@ -98,6 +102,19 @@ class EmbeddingNoise:
             logger.warning("%s: %s", self.name, message)
 
     # --- one batch ---
+
+    def add_if_on(
+        self,
+        module: nn.Module,
+        op: Callable[..., Tensor],
+        plain: Callable[[], Tensor],
+        ids: Tensor,
+        embedding_dim: int,
+        part: "Part | None",
+        sequences: dict[str, Tensor | None],
+    ) -> Tensor:
+        """:meth:`add`, or the result of `plain` if this pass of `module` has no noise."""
+        return self.add(op, ids, embedding_dim, part, (), sequences) if self.is_on(module, ids) else plain()
 
     def add(
         self,
@@ -118,12 +135,17 @@ class EmbeddingNoise:
             groups: the process groups over which the table is sharded.
             sequences: arguments of :func:`neft_kernels.noise_magnitude`. Without any, those of the model's forward pass.
         """
+        check_not_nested(ids)
         options = self.model.options
         if options.sequence_group is not None:
             groups = [*groups, *groups_of(options.sequence_group)]
+        # 1. How strong the noise of each token is.
         magnitude, note = self._magnitude(ids, embedding_dim, part, sequences)
+        # 2. Which noise: the ranks of a replica share it.
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
+        # 3. The look-up and the noise.
         out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
+        # 4. What describe() reports.
         if not torch.compiler.is_compiling():
             self._record(ids, magnitude, note)
         return out
@@ -139,7 +161,13 @@ class EmbeddingNoise:
         told: dict[str, Any] = sequences or {}
         if not told:
             row_length = None if part is None else part.length
-            tokens, told, note = self.model.passes.batch.about(ids, row_length, options.noise_on != "all")
+            batch = self.model.passes.batch
+            tokens, told, note = batch.about(ids, row_length, options)
+            if batch is EMPTY_BATCH and self.model.is_shared and options.scale_by == "sequence":
+                note = (
+                    "looked up outside of the model's forward, whose masks and positions are not known here: give them to the "
+                    "embedding, as in model.get_input_embeddings()(input_ids, attention_mask=attention_mask)"
+                )
         if part is not None:
             tokens, told = part.whole_rows(tokens, told, options)
         compute = functools.partial(
@@ -163,7 +191,8 @@ class EmbeddingNoise:
             return
         if not in_backward():
             self.first_passes.remember(ids, magnitude)
-        is_first, self.last_magnitude, self.note = self.last_magnitude is None, magnitude, note
+        is_first = self.last_magnitude is None
+        self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
         if is_first and logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
             low, high = self.bounds() or (0.0, 0.0)
             logger.info(
@@ -184,6 +213,13 @@ class EmbeddingNoise:
             return None if last is None else (last, last)
         noisy = last[last > 0]
         return (noisy.min().item(), noisy.max().item()) if noisy.numel() else (0.0, 0.0)
+
+
+def _other_noise_is_on(module: nn.Module) -> bool:
+    """Whether the hook of transformers is on `module`. Some trainers set its attribute without it; that means nothing."""
+    if HOOK_ATTRIBUTE not in module.__dict__:
+        return False
+    return any(getattr(hook, "__name__", "") == HOOK_NAME for hook in module._forward_hooks.values())
 
 
 def _is_real(magnitude: float | Tensor) -> bool:

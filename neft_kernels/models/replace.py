@@ -3,20 +3,21 @@
 A plain ``nn.Embedding`` becomes a :class:`NEFTuneEmbedding` by a change of its class, in place. The module, its name, hooks,
 parameters and ties stay what they are. Any other embedding (scaled, wrapped, quantised ...) keeps its own forward, and a
 forward hook adds the noise to its output. Hooks on the modules around the embeddings read the batch, see
-:mod:`neft_kernels.models.batch`.
+:mod:`neft_kernels.models.passes`.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from neft_kernels.models.batch import BatchHook
 from neft_kernels.models.embedding import NEFTuneEmbedding, NoiseHook
-from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, modules_around, token_embeddings
+from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, token_embeddings
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
+from neft_kernels.models.passes import BatchHook, modules_around
 from neft_kernels.models.state import ModelNoise
 from neft_kernels.ops.backends import choose_backend, logger
 
@@ -64,6 +65,10 @@ def replace_embeddings(
             parts of the same sequences. Their tokens are numbered in the whole sequences and scaled by the whole lengths.
         sequence_layout: which part: "contiguous", rank r of n holds the r-th of n equal parts; "head_tail", the r-th of 2n
             from the front and the r-th from the back, as torch's and accelerate's context parallelism have it.
+        under_no_grad: True adds noise in training mode also where gradients are disabled. For methods that run a pass
+            twice under one state of the random number generator, first without gradients: GradCache, the cached losses of
+            sentence-transformers, reentrant activation checkpointing around the embedding. Both passes then have the same
+            noise. The default leaves the reference and rollout passes of DPO, KTO and GRPO without noise.
 
     Returns:
         `model` itself.
@@ -82,15 +87,31 @@ def replace_embeddings(
         for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
             choose_backend(device, backend)
 
-    restore_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
+    before = _noise_of(model)
+    _check_unshared(model, before)
+    noise.pause(max([each.paused for each in before] + [_paused.get(module, 0) for module in names], default=0))
+
+    restore_embeddings(model)
     for module in embeddings:
         _put_in(module, EmbeddingNoise(noise, names[module], note))
+    logger.info("%s: noise goes into %s", type(model).__name__, ", ".join(names[module] for module in embeddings))
     if note:
         logger.warning("%s: %s", type(model).__name__, note)
     for module in modules_around(model, embeddings):
         BatchHook(noise, module).attach(module)
     return model
+
+
+def _check_unshared(model: nn.Module, noise: list[ModelNoise]) -> None:
+    """No embedding of `model` is noisy as a part of another model, whose batches its noise is scaled by."""
+    inside = set(model.modules())
+    for around in (around for each in noise for around in each.around):
+        if around not in inside and model not in around.modules():
+            raise ValueError(
+                f"model shares an embedding with a {type(around).__name__} that is noisy already; call restore_embeddings() "
+                "on that one first, or replace_embeddings() on a module that holds both"
+            )
 
 
 def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
@@ -127,7 +148,10 @@ def _take_out(module: nn.Module) -> None:
             module.noise = module.__dict__.get("built_in_noise")
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), (NoiseHook, BatchHook)):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, BatchHook):
+                owner.noise.around.discard(module)
+            if isinstance(owner, (NoiseHook, BatchHook)):
                 for registry in (
                     hooks,
                     module._forward_hooks_always_called,
@@ -157,15 +181,20 @@ def _noise_of(model: nn.Module) -> list[ModelNoise]:
 @contextlib.contextmanager
 def no_noise(model: nn.Module) -> Iterator[None]:
     """Within this context the embeddings of `model` are the plain ones, in training mode too."""
-    found = _noise_of(model)
-    before = [each.enabled for each in found]
+    _paused[model] = _paused.get(model, 0) + 1
+    before = _noise_of(model)
     try:
-        for each in found:
-            each.enabled = False
+        for each in before:
+            each.pause(1)
         yield
     finally:
-        for each, enabled in zip(found, before, strict=True):
-            each.enabled = enabled
+        _paused[model] -= 1
+        for each in {*before, *_noise_of(model)}:
+            each.pause(-1)
+
+
+#: Models that are inside of no_noise(), so often: replace_embeddings() may be called there.
+_paused: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: int | None = None) -> None:

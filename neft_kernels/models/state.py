@@ -1,13 +1,14 @@
 """What the noisy embeddings of one model share while it trains."""
 
 import threading
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from neft_kernels.models.batch import PassStack
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
+from neft_kernels.models.passes import PassStack
 
 __all__ = ["Coverage", "ModelNoise"]
 
@@ -47,14 +48,22 @@ class ModelNoise:
         self.options, self.alpha = options, alpha
         #: True if shared by all embeddings of a model; False if it belongs to one embedding that was built noisy.
         self.is_shared = is_shared
-        self.enabled = True  # False inside no_noise()
+        self.enabled, self.paused = True, 0  # inside so many no_noise()
         self.passes, self.coverage = PassStack(), Coverage()
+        self.warning = ""  # what is wrong with the model, for `describe`
+        #: The modules whose forward tells about the batch.
+        self.around: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def pause(self, times: int) -> None:
+        """The noise is off while it was paused more often than resumed, which is to be paused -1 times."""
+        self.paused = max(0, self.paused + times)
+        self.enabled = self.paused == 0
 
     def alpha_on(self, device: torch.device) -> float | Tensor:
         """Alpha for this pass: a number, or in a compiled graph a float64 tensor, once alpha has been set at run time.
 
         Raises:
-            RuntimeError: alpha is a schedule that counts forward passes, and the model is compiled.
+            RuntimeError: alpha is a schedule that counts forward passes, and the model is compiled, or runs each pass twice.
         """
         alpha = self.alpha
         is_compiling = torch.compiler.is_compiling()
@@ -63,6 +72,11 @@ class ModelNoise:
             # then runs by itself, and the error is raised if the whole model is compiled.
             raise RuntimeError(
                 "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
+            )
+        if alpha.counts_steps and self.options.under_no_grad:
+            raise RuntimeError(
+                "with under_no_grad=True a pass may run twice, so the steps of a schedule are not counted: "
+                "use NEFTuneCallback, or set_alpha(..., step=...)"
             )
         if is_compiling and alpha.tensor is not None:
             return alpha.tensor.to(device)
@@ -79,5 +93,11 @@ class ModelNoise:
         """A copy for the twin of the model. The deepcopy under way uses it for all that it has yet to copy."""
         if id(self) not in memo:
             twin = memo[id(self)] = ModelNoise(self.options, self.alpha.copy(), self.is_shared)
-            twin.enabled = self.enabled
+            twin.pause(self.paused)
         return memo[id(self)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "around": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, around=weakref.WeakSet())

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .backends import choose_backend
-from .registration import OVERLOADS
+from .registration import OVERLOADS, library
 
 __all__ = ["NoisyEmbedding", "add_noise", "draw_seed", "noisy_embedding"]
 
@@ -19,36 +19,31 @@ NOISE_ARGUMENTS = 5  # seed, token_magnitude, magnitude, stream, first_token
 class NoisyEmbedding(torch.autograd.Function):
     """Embedding look-up plus noise in one kernel. The gradient is that of the plain embedding.
 
-    ``NoisyEmbedding.apply(op, options, input_ids, weight, seed, token_magnitude, magnitude, stream, first_token)``
+    ``NoisyEmbedding.apply(op, input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, padding_idx,
+    scale_grad_by_freq, sparse)``
 
     All arguments are positional and already checked; :func:`noisy_embedding` checks them and calls this. `op` is an overload
-    of ``torch.ops.neft_kernels.noisy_embedding``. `options` are padding_idx (-1: none), scale_grad_by_freq and sparse. The
-    noise does not depend on the weight, so it has no part in the gradient.
+    of ``torch.ops.neft_kernels.noisy_embedding``, and the others are its arguments. A `padding_idx` of -1 is none. The noise
+    does not depend on the weight, so it has no part in the gradient.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        op: Callable[..., Tensor],
-        options: tuple[int, bool, bool],
-        input_ids: Tensor,  # [...]
-        weight: Tensor,  # [V, D]
-        *noise: Any,
-    ) -> Tensor:  # [..., D]
-        return op(input_ids, weight, *noise)
+    def forward(op: Callable[..., Tensor], *args: Any) -> Tensor:  # [..., D]
+        return _without_gradient(op, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.options, input_ids, weight, *_ = inputs
+        ctx.op, input_ids, weight, *_, padding_idx, scale_grad_by_freq, sparse = inputs
         ctx.save_for_backward(input_ids)
-        ctx.num_embeddings = weight.shape[0]
+        ctx.num_embeddings, ctx.options = weight.shape[0], (padding_idx, scale_grad_by_freq, sparse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (input_ids,) = ctx.saved_tensors
-        grad_weight = torch.ops.aten.embedding_backward(grad, input_ids, ctx.num_embeddings, *ctx.options)
-        return None, None, None, grad_weight, *(None,) * NOISE_ARGUMENTS
+        grad_weight = _embedding_grad(ctx.op, grad, input_ids, ctx.num_embeddings, *ctx.options)
+        return None, None, grad_weight, *(None,) * (NOISE_ARGUMENTS + len(ctx.options))
 
 
 class AddNoise(torch.autograd.Function):
@@ -60,8 +55,8 @@ class AddNoise(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: Callable[..., Tensor], embeds: Tensor, *noise: Any) -> Tensor:  # [..., D]
-        return op(embeds, *noise)
+    def forward(op: Callable[..., Tensor], *args: Any) -> Tensor:  # [..., D]
+        return _without_gradient(op, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -72,21 +67,67 @@ class AddNoise(torch.autograd.Function):
         return None, grad, *(None,) * NOISE_ARGUMENTS
 
 
-def _is_differentiated(values: Tensor) -> bool:
-    """Whether an op on `values`, the weight or the embeddings, needs its autograd function."""
-    if torch.compiler.is_compiling():
-        if torch._C._functorch.maybe_current_level() is not None:  # the compiler would drop backward without an error
-            raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")
-    elif torch._C._are_functorch_transforms_active():  # whatever requires_grad says
+def _embedding_grad(
+    op: Callable[..., Tensor],  # of the forward
+    grad: Tensor,  # [..., D]
+    input_ids: Tensor,  # [...]
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:  # [V, D]
+    """The gradient of the table: from the CPU kernel if the forward ran on it, else PyTorch's."""
+    if op is OVERLOADS["noisy_embedding"]["cpu"] and not sparse and not _is_transformed(grad):
+        kernel = OVERLOADS["embedding_grad"]["cpu"]
+        return kernel(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq)
+    return torch.ops.aten.embedding_backward(grad, input_ids, num_embeddings, padding_idx, scale_grad_by_freq, sparse)
+
+
+def _is_transformed(grad: Tensor) -> bool:
+    """Whether `grad` is differentiated or vectorized itself, or is of a subclass. PyTorch has rules for these."""
+    if type(grad) is not Tensor or (grad.requires_grad and torch.is_grad_enabled()):
         return True
-    return torch.is_grad_enabled() and values.requires_grad
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+# The formulas of the ops themselves, for graphs that are traced and hold the ops alone, as exported ones do.
+def _register(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        function.setup_context(ctx, (op, *inputs), output)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return function.backward(ctx, grad)[1:]
+
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=library)
+
+
+for _name, _function in (("noisy_embedding", NoisyEmbedding), ("add_noise", AddNoise)):
+    for _op in OVERLOADS[_name].values():
+        _register(_op, _function)
+
+
+def _without_gradient(op: Callable[..., Tensor], args: tuple) -> Tensor:
+    """The op past its own formula, which the dispatcher would look for at each call."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    # Function.apply inspects the signature of forward at each call, for torch.func alone. This skips it.
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _call(function: type[torch.autograd.Function], values: Tensor, op: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``op(*args)``, whose gradient with respect to `values`, the weight or the embeddings, is that of `function`."""
+    if torch.compiler.is_compiling():
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")
+        return op(*args)  # by the formula of the op itself
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(op, *args)
+    if torch.is_grad_enabled() and values.requires_grad:
+        # Function.apply inspects the signature of forward at each call, for torch.func alone. This skips it.
+        return super(torch.autograd.Function, function).apply(op, *args)  # type: ignore[misc]
+    return _without_gradient(op, args)
 
 
 def _with_tangent(noisy: Tensor, plain: Tensor) -> Tensor:
@@ -142,22 +183,14 @@ def noisy_embedding(
     token_magnitude, number = checks.check_magnitude(magnitude, input_ids.shape, device)
     if stream or first_token:
         checks.check_counters(stream, first_token)
-    options = (checks.check_padding_idx(padding_idx, weight.shape[0]), scale_grad_by_freq, sparse)
+    padding_idx = checks.check_padding_idx(padding_idx, weight.shape[0])
     op = OVERLOADS["noisy_embedding"][choose_backend(device.type, backend)]
-    noise = (
-        draw_seed(device) if seed is None else checks.check_seed(seed, device),
-        token_magnitude,
-        number,
-        stream,
-        first_token,
-    )
+    seed = draw_seed(device) if seed is None else checks.check_seed(seed, device)
+    args = (seed, token_magnitude, number, stream, first_token, padding_idx, scale_grad_by_freq, sparse)
     if forward_ad._current_level >= 0:
-        return _with_tangent(
-            op(input_ids, weight.detach(), *noise), torch.nn.functional.embedding(input_ids, weight, padding_idx)
-        )
-    if _is_differentiated(weight):
-        return _apply(NoisyEmbedding, op, options, input_ids, weight, *noise)
-    return op(input_ids, weight, *noise)
+        plain = torch.nn.functional.embedding(input_ids, weight, padding_idx if padding_idx >= 0 else None)
+        return _with_tangent(op(input_ids, weight.detach(), *args), plain)
+    return _call(NoisyEmbedding, weight, op, input_ids, weight, *args)
 
 
 def add_noise(
@@ -188,18 +221,11 @@ def add_noise(
     if stream or first_token:
         checks.check_counters(stream, first_token)
     op = OVERLOADS["add_noise"][choose_backend(device.type, backend)]
-    noise = (
-        draw_seed(device) if seed is None else checks.check_seed(seed, device),
-        token_magnitude,
-        number,
-        stream,
-        first_token,
-    )
+    seed = draw_seed(device) if seed is None else checks.check_seed(seed, device)
+    args = (seed, token_magnitude, number, stream, first_token)
     if forward_ad._current_level >= 0:
-        return _with_tangent(op(embeds.detach(), *noise), embeds)
-    if _is_differentiated(embeds):
-        return _apply(AddNoise, op, embeds, *noise)
-    return op(embeds, *noise)
+        return _with_tangent(op(embeds.detach(), *args), embeds)
+    return _call(AddNoise, embeds, op, embeds, *args)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ __all__ = ["BACKENDS", "Backend", "available_backends", "choose_backend", "exten
 logger = logging.getLogger("neft_kernels")
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")  # in order of preference
-_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # by device type
+_KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}  # by device type
 
 
 @dataclass
@@ -82,15 +82,25 @@ def available_backends() -> list[Backend]:
     return found
 
 
+@functools.cache
+def triton_has(vendor: str) -> bool:
+    """Whether the installed Triton compiles for GPUs of `vendor`. This imports Triton."""
+    from triton.backends import backends
+
+    return vendor in backends
+
+
 def devices_of(backend: str) -> tuple[str, ...]:
     """The device types that `backend` runs on here. torch.compile traces this."""
-    accelerators = ("cuda",) if torch.cuda.is_available() else ()
+    cuda = ("cuda",) if torch.cuda.is_available() else ()
+    xpu = ("xpu",) if torch.xpu.is_available() else ()
     if backend == "reference":
-        return ("cpu", *accelerators)  # and on any other device
+        return ("cpu", *cuda, *xpu)  # and on any other device
     if backend in extensions:
-        return (("cpu",) if backend == "cpu" else accelerators) if extensions[backend][0] is not None else ()
+        return (("cpu",) if backend == "cpu" else cuda) if extensions[backend][0] is not None else ()
     if not TRITON_INSTALLED:
         return ()
+    accelerators = (*cuda, *(xpu if xpu and triton_has("intel") else ()))
     return ("cpu", *accelerators) if switches.interpret_triton else accelerators
 
 
@@ -104,7 +114,7 @@ def _detail(backend: str) -> str:
     if backend == "cpu":
         return extension.instruction_set()
     if backend == "triton" and not TRITON_INSTALLED:
-        return "triton is not installed"
+        return 'triton is not installed: pip install "neft-kernels[triton]"'
     if backend == "triton" and switches.interpret_triton:
         return "interpreted, because TRITON_INTERPRET=1; very slow"
     if not devices_of(backend):
@@ -135,11 +145,18 @@ def choose_backend(device_type: str, backend: str | None = None) -> str:
     if choice is None:
         choice = _chosen[device_type, backend] = _choose(device_type, backend)
         if backend is None:
-            is_slow = choice == "reference" and switches.backend is None and device_type in _KERNELS
-            why_not = "".join(f"; {name}: {_detail(name)}" for name in _KERNELS[device_type]) if is_slow else ""
+            is_slow = choice == "reference" and switches.backend is None and device_type != "meta"
+            why_not = _why_no_kernel(device_type) if is_slow else ""
             log = logger.warning if is_slow else logger.info
             log("backend %r for %s tensors: %s%s", choice, device_type, _detail(choice), why_not)
     return choice
+
+
+def _why_no_kernel(device_type: str) -> str:
+    """Why only the reference runs on `device_type`, to follow a sentence."""
+    if device_type not in _KERNELS:
+        return f"; there is no kernel for {device_type} devices"
+    return "".join(f"; {name}: {_detail(name)}" for name in _KERNELS[device_type])
 
 
 def _choose(device_type: str, asked_for: str | None) -> str:

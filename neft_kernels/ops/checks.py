@@ -31,6 +31,7 @@ def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
     """Returns `input_ids` as int32 or int64."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor, not {type(input_ids).__name__}")
+    check_not_nested(input_ids)
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}, but weight is on {device}; move one of them")
     if input_ids.dtype in _ID_DTYPES:
@@ -38,6 +39,12 @@ def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
     if input_ids.dtype not in _OTHER_ID_DTYPES:
         raise TypeError(f"input_ids must have an integer dtype, not {input_ids.dtype}")
     return input_ids.to(torch.int64)
+
+
+def check_not_nested(input_ids: Tensor) -> None:
+    """`input_ids` is an ordinary tensor."""
+    if input_ids.is_nested:
+        raise TypeError("input_ids is a nested tensor, which has no noise yet; pad it, or pack it and pass cu_seq_lens")
 
 
 def check_values(values: Tensor, name: str, ndim: int | None) -> None:

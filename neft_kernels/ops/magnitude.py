@@ -39,11 +39,12 @@ def noise_magnitude(
             too, and is not looked at: for schedules inside compiled graphs.
         attention_mask: shape of `input_ids`; 0 where a token is padding. Values from 1 to ``L`` number the sequences
             that are packed into a row, as some packing collators have it.
-        position_ids: ``[..., L]``, broadcastable to `input_ids`; a new sequence begins wherever the position does not
-            follow on the one before it.
+        position_ids: ``[..., L]``, broadcastable to `input_ids`. Beside a mask a new sequence begins where the position
+            decreases or is 0. Without a mask it begins wherever the position does not follow on the one before it, and a
+            sequence of one token at position 1 is padding, as transformers numbers it on the left.
         cu_seq_lens: ``[N + 1]``, the cumulative lengths of the sequences that are packed into the only row of
-            `input_ids`, beginning with 0. Tokens after the last one are padding. Without a mask, so are sequences of one token
-            at the end of a row, here and by position: that is what padding looks like in a packed batch.
+            `input_ids`, beginning with 0. Tokens after the last one are padding. So are sequences of one token at the end of a
+            row, by boundaries without a mask or by position, because that is what padding looks like in a packed batch.
         scale_by: "sequence": ``L`` is the true length of the token's own sequence, and padding gets no noise, as in the
             paper's training code. "batch": ``L`` is ``input_ids.shape[-1]``, noise everywhere, as in the Hugging Face hook;
             the masks are ignored.
@@ -76,6 +77,9 @@ def noise_magnitude(
         magnitude = magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
         _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
+        is_packed = attention_mask is not None and position_ids is not None and cu_seq_lens is None
+        if is_packed and input_ids.shape[-1] > 1:
+            attention_mask = _without_packed_padding(attention_mask, position_ids)  # type: ignore[arg-type]
         kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens, backend)
         if kernel is None:
             magnitude = _magnitude_by_sequence(
@@ -117,8 +121,8 @@ def _magnitude_by_sequence(
         present = sequence < cu_seq_lens.numel() - 1
     elif position_ids is not None:
         positions = position_ids.expand(input_ids.shape)
-        begins = positions[..., 1:] != positions[..., :-1] + 1
-        sequence = torch.nn.functional.pad(begins, (1, 0)).cumsum(-1)
+        begins = _begins(positions, has_mask=attention_mask is not None)
+        sequence = begins.cumsum(-1) - begins[..., :1].to(torch.int64)
         present = torch.ones_like(sequence, dtype=torch.bool)
     else:
         assert attention_mask is not None
@@ -136,8 +140,39 @@ def _magnitude_by_sequence(
         # Collators that pack pad positions with 0 and give no mask: each padding token at the end looks like a sequence.
         padding = (length_of_token <= 1).flip(-1).cumprod(-1).flip(-1)
         present = present & (padding == 0)
+        if cu_seq_lens is None:
+            # transformers gives padding on the left the position 1, so each token of it looks like a sequence of one.
+            assert position_ids is not None
+            present = present & ((length_of_token != 1) | (position_ids != 1))
     magnitude = alpha / torch.sqrt(length_of_token.clamp(min=1).to(_wide(input_ids.device)) * embedding_dim)
     return torch.where(present, magnitude, 0).to(torch.float32)
+
+
+def _begins(positions: Tensor, has_mask: bool) -> Tensor:
+    """Whether a sequence begins at each token, ``[..., L]``. The first token begins none here.
+
+    Positions alone must follow on each other. Beside a mask, which tells padding, a jump ahead or a repeated position begins
+    no sequence.
+    """
+    here, before = positions[..., 1:], positions[..., :-1]
+    begins = (here < before) | (here == 0) if has_mask else here != before + 1
+    return torch.nn.functional.pad(begins, (1, 0))
+
+
+def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    """`attention_mask` with 0 for the padding that some packing collators give a mask of 1 and the position 0.
+
+    It is a run of sequences of one token at the end of a row, unless padding that the mask tells stands before it.
+    """
+    begins = _begins(position_ids.expand(attention_mask.shape), has_mask=True)[..., 1:]
+    present = attention_mask != 0
+    is_single = torch.nn.functional.pad(begins, (0, 1), value=True) & torch.nn.functional.pad(
+        begins, (1, 0), value=True
+    )
+    is_single = is_single & present
+    in_run = is_single.flip(-1).cumprod(-1).flip(-1) > 0
+    after_padding = in_run & ~torch.nn.functional.pad(present[..., :-1], (1, 0), value=True)
+    return attention_mask * ~(in_run & ~after_padding.any(-1, keepdim=True))
 
 
 def magnitude_of_length(alpha: float | Tensor, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:

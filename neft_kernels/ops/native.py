@@ -6,11 +6,15 @@ They are separate files, because ``_C_cuda`` cannot be loaded where torch was bu
 
 import functools
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 __all__ = ["INSTRUCTION_SETS", "load"]
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+
+NOT_BUILT = "the extension was not built"
+_SWITCH = {"cpu": "cpu", "cuda": "1"}
 
 
 @functools.cache
@@ -19,6 +23,9 @@ def load(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(f"._C_{name}", __package__), ""
     except ModuleNotFoundError:
-        return None, "the extension was not built (NEFT_KERNELS_BUILD=1 at installation makes that an error)"
+        package = Path(__file__).parent.parent
+        editable = "--editable " if (package.parent / "setup.py").exists() else ""
+        build = f"NEFT_KERNELS_BUILD={_SWITCH[name]} pip install --no-build-isolation {editable}."
+        return None, f"{NOT_BUILT} in {package}; build it in a checkout: {build}"
     except ImportError as error:
         return None, f"the extension does not load: {error}"

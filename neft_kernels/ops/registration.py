@@ -20,13 +20,21 @@ from .checks import check_id_values, check_magnitude_values
 __all__ = ["OVERLOADS"]
 
 _NOISE = "Tensor seed, Tensor? token_magnitude, float magnitude, int stream, SymInt first_token"
+_GRADIENT = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
 _SCHEMAS = {
-    "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}) -> Tensor",
+    "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}) -> Tensor",
     "add_noise": f"(Tensor embeds, {_NOISE}) -> Tensor",
     "token_magnitude": "(Tensor? attention_mask, Tensor? position_ids, float alpha, int embedding_dim) -> Tensor",
+    "embedding_grad": "(Tensor grad, Tensor input_ids, SymInt num_embeddings, int padding_idx, bool scale_grad_by_freq) "
+    "-> Tensor",
 }
-#: The backends of each op. Where a backend has no kernel for magnitudes, magnitude.py computes them in plain torch.
-_BACKENDS_OF = {"noisy_embedding": BACKENDS, "add_noise": BACKENDS, "token_magnitude": ("triton", "cpu")}
+#: The backends of each op. Without a kernel, magnitude.py computes magnitudes in plain torch, and gradients are PyTorch's.
+_BACKENDS_OF = {
+    "noisy_embedding": BACKENDS,
+    "add_noise": BACKENDS,
+    "token_magnitude": ("triton", "cpu"),
+    "embedding_grad": ("cpu",),
+}
 
 
 # --- fakes: what an op returns, without its values -------------------------------------------------------------------
@@ -46,10 +54,15 @@ def _fake_token_magnitude(attention_mask: Tensor | None, position_ids: Tensor | 
     return given.new_empty(given.shape, dtype=torch.float32)
 
 
+def _fake_embedding_grad(grad: Tensor, input_ids: Tensor, num_embeddings: int, *_: Any) -> Tensor:
+    return grad.new_empty((num_embeddings, grad.shape[-1]))
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "noisy_embedding": _fake_noisy_embedding,
     "add_noise": _fake_add_noise,
     "token_magnitude": _fake_token_magnitude,
+    "embedding_grad": _fake_embedding_grad,
 }
 
 
@@ -75,34 +88,39 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
     On accelerators values are not looked at, because the host would wait for the device.
     """
 
-    def check(data: Tensor, token_magnitude: Tensor | None, magnitude: float) -> None:
-        if data.device.type == "cpu":
-            check_magnitude_values(token_magnitude, magnitude)
-
     def noisy_embedding(
-        input_ids: Tensor, weight: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, *rest: Any
+        input_ids: Tensor,
+        weight: Tensor,
+        seed: Tensor,
+        token_magnitude: Tensor | None,
+        magnitude: float,
+        stream: int,
+        first_token: int,
+        *_: Any,  # for the gradient
     ) -> Tensor:
-        check(input_ids, token_magnitude, magnitude)
+        if input_ids.device.type == "cpu":
+            check_magnitude_values(token_magnitude, magnitude)
         if input_ids.device.type == "cpu" or switches.check_ids:
             check_id_values(input_ids, weight.shape[0])
-        return compute(input_ids, weight, seed, token_magnitude, magnitude, *rest)
+        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token)
 
     def add_noise(embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, *rest: Any) -> Tensor:
-        check(embeds, token_magnitude, magnitude)
+        if embeds.device.type == "cpu":
+            check_magnitude_values(token_magnitude, magnitude)
         return compute(embeds, seed, token_magnitude, magnitude, *rest)
 
     checked: dict[str, Callable[..., Tensor]] = {"noisy_embedding": noisy_embedding, "add_noise": add_noise}
     return checked.get(op, compute)
 
 
-_library = torch.library.Library("neft_kernels", "DEF")
+library = torch.library.Library("neft_kernels", "DEF")
 for _op, _schema in _SCHEMAS.items():
     for _backend in _BACKENDS_OF[_op]:
-        _library.define(f"{_op}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"neft_kernels::{_op}.{_backend}", _FAKES[_op], lib=_library)
+        library.define(f"{_op}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"neft_kernels::{_op}.{_backend}", _FAKES[_op], lib=library)
         if _backend in ("reference", "triton"):
             _compute = with_checks(_op, implementation(_op, _backend))
-            _library.impl(f"{_op}.{_backend}", _compute, "CompositeExplicitAutograd")
+            library.impl(f"{_op}.{_backend}", _compute, "CompositeExplicitAutograd")
 
 #: The overloads by name of op and backend.
 OVERLOADS: dict[str, dict[str, Any]] = {

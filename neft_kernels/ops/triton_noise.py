@@ -26,7 +26,7 @@ TILE_VECTORS = 512
 NUM_WARPS = 4
 # Of a thread. With no bound ptxas saves registers: it loads three of the four vectors only once the first one is done.
 MAX_REGISTERS = 80
-_MAX_GRID_Y = 65535
+MAX_GRID_Y = 65535
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -175,7 +175,7 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
         widths = [width for width in halved if width >= 32]
         vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
     column_tiles = -(-vectors_of_row // vectors)
-    return TILE_VECTORS // vectors, vectors, (min(column_tiles, _MAX_GRID_Y), -(-column_tiles // _MAX_GRID_Y))
+    return TILE_VECTORS // vectors, vectors, (min(column_tiles, MAX_GRID_Y), -(-column_tiles // MAX_GRID_Y))
 
 
 #: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
@@ -190,28 +190,41 @@ def launch(
     *constants: Any,
     max_registers: int | None = None,
 ) -> None:
-    """Launches a kernel of `tensors`, `numbers` and `constants`, which must not be specialized on its numbers' values.
-    `max_registers` of a thread, on NVIDIA's GPUs, must follow from the constants.
+    """Launches a kernel of `tensors`, `numbers` and `constants`. `max_registers` of a thread, on NVIDIA's GPUs, must follow
+    from the constants.
 
-    To look the compiled kernel up takes Triton longer than the launch. What it depends on is little here: the types of the
-    tensors, whether they lie on 16 bytes, the constants, and, of the numbers, whether 32 bits hold them. Where they do not,
-    Triton is asked. Its knobs and its hooks before a kernel runs count as they were when the kernel was first launched.
+    A compiled kernel is kept here, because Triton's own look-up takes longer than the launch. Triton says what the code
+    depends on, which differs by backend: types, alignment, on AMD also whether 32 bits address all of a tensor. Triton's
+    knobs, and its hooks that run before a kernel, count as they were when the kernel was first launched.
     """
-    described = tuple(tensor if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors)
-    device = tensors[0].get_device()
-    is_elsewhere = tensors[0].is_cuda and device != torch.cuda.current_device()
-    with torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext():
-        is_usual = max(numbers) < 1 << 31
-        key = (kernel.fn, None if _INTERPRETED else driver.active.get_current_device(), described, constants)
-        if is_usual and (compiled := _compiled.get(key)) is not None:
-            compiled[grid](*tensors, *numbers, *constants)
-            return
+    arguments = (*tensors, *numbers, *constants)
+    with _device_of(tensors[0]):
         options: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-        if max_registers is not None and not _INTERPRETED and driver.active.get_current_target().backend == "cuda":
+        if _INTERPRETED:
+            kernel[grid](*arguments, **options)
+            return
+        device = driver.active.get_current_device()
+        *_, target, _, bind = kernel.device_caches[device]
+        _, specialization, _ = bind(*arguments)
+        key = (kernel.fn, device, *specialization)
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*arguments)
+            return
+        if max_registers is not None and target.backend == "cuda":
             options["maxnreg"] = max_registers
-        compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-        if is_usual and compiled is not None:  # None: interpreted
-            _compiled[key] = compiled
+        compiled = kernel[grid](*arguments, **options)
+        if compiled is not None:  # None: a hook of Triton's compiles it elsewhere
+            # Triton's asynchronous mode returns a promise of the kernel.
+            _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the GPU of `tensor` the current one, where it is another."""
+    if tensor.is_cuda:
+        index = tensor.get_device()
+        return contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)
+    return torch.xpu.device(tensor.get_device()) if tensor.is_xpu else contextlib.nullcontext()
 
 
 def _noisy_rows(

@@ -47,6 +47,9 @@ SPECIAL_TOKEN = r".*(token_ids?|token_index|_(start|end|newline|patch|pad|bos|eo
 #: By model type, also of sub-configurations: fields that the sizes above get wrong or too large.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 640},  # of its EfficientNet
+    "apertus1p5": {"image_token_offset": 16, "audio_token_offset": 24},  # after them the codes of the two below
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8},
+    "wavtokenizer_encoder": {"codebook_size": 8},
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"block_size": 2, "num_random_blocks": 1},  # its attention is sparse in batches longer than 7 blocks
     "blip-2": {"image_token_index": FIRST_ID - 1},
@@ -59,6 +62,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": HEADS, "clip_qkv": 8.0}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": WIDTH},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
+    },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 2 * HEAD_DIM},
@@ -77,6 +85,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hy_v4_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "index_topk": 16,
+    },
     "instructblip": {"image_token_index": FIRST_ID - 1},
     "instructblipvideo": {"video_token_index": FIRST_ID - 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -171,6 +183,9 @@ REFUSED = (
     *("parakeet_rnnt", "parakeet_tdt", "perceiver", "sam3", "sam3_lite_text", "sam3_lite_text_text_model", "vits"),
 )
 
+#: Arguments of models that hear a stream of sound: what they keep of it from one piece to the next.
+CACHES_OF_SOUND = ("encoder_cache", "padding_cache")
+
 _TEXT_PART = "only its text part names its embedding"
 _PARAMETRIZED = "parametrized convolutions cannot be pickled"
 #: What these models cannot do without noise either, and why.
@@ -178,7 +193,9 @@ CANNOT: dict[str, dict[str, str]] = {
     "deepcopy": {"recurrent_gemma": "keeps the states of its last pass, which are no leaves"},
     "pickle": {
         **dict.fromkeys(("colpali", "pe_audio"), "transformers hooks a local function on it"),
-        **dict.fromkeys(("musicgen", "musicgen_melody", "speech-encoder-decoder", "speecht5"), _PARAMETRIZED),
+        **dict.fromkeys(
+            ("apertus1p5", "musicgen", "musicgen_melody", "speech-encoder-decoder", "speecht5"), _PARAMETRIZED
+        ),
     },
     "resize": {
         **dict.fromkeys(("encoder-decoder", "musicgen", "musicgen_melody", "speech-encoder-decoder"), "not supported"),

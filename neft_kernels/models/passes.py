@@ -1,0 +1,246 @@
+"""The forward passes under way, and the hook that reads what each says about its batch.
+
+Hooks on the modules around an embedding push a :class:`Batch` while the module's forward runs, and the embedding reads the
+innermost one. One hook on the model alone is not enough: a decoder is called with a mask of its own, and a part of the model
+may be called directly.
+"""
+
+import copy
+import inspect
+import sys
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from neft_kernels.models.batch import EMPTY_BATCH, Batch
+from neft_kernels.models.lookups import input_embeddings
+from neft_kernels.ops.backends import logger
+
+if TYPE_CHECKING:
+    from neft_kernels.models.state import ModelNoise
+
+__all__ = ["BatchHook", "PassStack", "in_backward", "modules_around", "parameters_of_forward"]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The forward pass of a module, under way."""
+
+    batch: Batch
+    owner: object
+    outside: "_Pass | None"
+    is_traced: bool  # by a compiler. It then belongs to the passes of the graph, in whatever thread
+
+
+class PassStack:
+    """The forward passes of one model that are under way. Each thread has its own, because several may run the model."""
+
+    def __init__(self) -> None:
+        self._of_thread: dict[int, _Pass] = {}
+        # The pass that began last, in whatever thread. A compiled graph cannot tell threads apart.
+        self._last: _Pass | None = None
+
+    @property
+    def batch(self) -> Batch:
+        """The batch of the innermost pass of this thread."""
+        innermost = self._innermost()
+        return EMPTY_BATCH if innermost is None else innermost.batch
+
+    @property
+    def in_compiled_model(self) -> bool:
+        """Whether the outermost pass of this thread is that of a compiled model."""
+        outermost = self._innermost()
+        while outermost is not None and outermost.outside is not None:
+            outermost = outermost.outside
+        return outermost is not None and outermost.is_traced
+
+    def push(self, owner: object, batch: Batch) -> None:
+        """A pass of `owner` begins inside those that are under way."""
+        self._set(_Pass(batch, owner, self._innermost(), torch.compiler.is_compiling()))
+
+    def pop(self, owner: object) -> None:
+        """The innermost pass of `owner` ends, and with it all passes inside of it. Without one, nothing happens."""
+        innermost = self._innermost()
+        while innermost is not None and innermost.owner is not owner:
+            innermost = innermost.outside
+        if innermost is not None:
+            self._set(innermost.outside)
+
+    def _innermost(self) -> _Pass | None:
+        last = self._last
+        if torch.compiler.is_compiling():
+            return last
+        own = self._of_thread.get(threading.get_ident())
+        # A module that a compiled graph calls outside of the graph runs inside of the graph's pass.
+        return last if own is None and last is not None and last.is_traced else own
+
+    def _set(self, innermost: _Pass | None) -> None:
+        self._last = innermost
+        if torch.compiler.is_compiling():
+            return
+        if innermost is None or innermost.is_traced:
+            self._of_thread.pop(threading.get_ident(), None)
+        else:
+            self._of_thread[threading.get_ident()] = innermost
+
+    def __reduce__(self) -> tuple:
+        return PassStack, ()  # copies and pickles have nothing of the passes under way
+
+
+def in_backward() -> bool:
+    """Whether this runs inside backward, as the passes do that activation checkpointing recomputes."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+# --- the hook --------------------------------------------------------------------------------------------------------
+
+#: Arguments that hold a cache of any class. transformers calls it `cache` from 5.24 on. Its `mems` and `state` are left out,
+#: because models are given those in training too.
+_CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states")
+_FIELDS = {
+    "attention_mask": "attention_mask",
+    "position_ids": "position_ids",
+    "cu_seq_lens_q": "cu_seq_lens",
+    "labels": "labels",
+}
+#: For a module that takes ids of the decoder and no others.
+_FIELDS_OF_DECODER = {
+    "decoder_attention_mask": "attention_mask",
+    "decoder_position_ids": "position_ids",
+    "labels": "labels",
+}
+#: The arguments of a module that say something about the batch.
+_ARGUMENTS = frozenset((*_FIELDS, *_CACHES))
+
+
+class BatchHook:
+    """Hooks on a module around an embedding: what the module is called with holds while its forward runs.
+
+    The innermost module that takes an argument decides on it. A decoder's ``attention_mask`` is its own, not the encoder's.
+    """
+
+    def __init__(self, noise: "ModelNoise", module: nn.Module) -> None:
+        self.noise = noise
+        self.parameters = parameters_of_forward(module)
+        self.positional = parameters_of_forward(module, positional=True)
+        self.warned: set[str] = set()
+        # transformers' class of caches, if it is imported; a model of transformers has imported it.
+        self.cache_class: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+
+    def attach(self, module: nn.Module) -> None:
+        """Registers both hooks."""
+        self.noise.around.add(module)
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
+        module.register_forward_hook(self.after, always_call=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BatchHook":
+        # A module's hooks are copied before its submodules, so the embeddings below find the copy in `memo`.
+        if id(self) not in memo:
+            twin = memo[id(self)] = copy.copy(self)
+            twin.noise = self.noise.own_copy(memo)
+        return memo[id(self)]
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Reads the arguments, and pushes the batch that they describe."""
+        given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
+        has_cache = any(self._is_cache(name, value) for name, value in given.items())
+        given = {name: _readable(value) for name, value in given.items()}
+        passes = self.noise.passes
+        passes.pop(self)  # a pass that an interrupt cut off: hooks do not run after an interrupt
+        outside = passes.batch
+
+        is_decoder = "decoder_input_ids" in given and "input_ids" not in given
+        fields = _FIELDS_OF_DECODER if is_decoder else _FIELDS
+        known = {field: given[name] for name, field in fields.items() if name in given}
+        input_ids = given.get("decoder_input_ids" if is_decoder else "input_ids")
+        if is_decoder or given.get("encoder_hidden_states") is not None:
+            # A decoder has ids of its own. What is known of the batch outside is not about them, except for the labels.
+            known = dict.fromkeys(("attention_mask", "position_ids", "cu_seq_lens")) | known | {"is_decoder": True}
+        if "attention_mask" in known:  # and so the ids that it is about
+            known["input_ids"] = input_ids
+            lengths = given.get("lengths")  # of XLM, which takes them in place of a mask
+            if known["attention_mask"] is None and input_ids is not None and isinstance(lengths, Tensor):
+                columns = torch.arange(input_ids.shape[-1], device=input_ids.device)
+                known["attention_mask"] = (columns < lengths.to(input_ids.device)[..., None]).to(torch.int64)
+        batch = outside.inside(known, input_ids)
+        # A cache that the model creates and passes to its own parts does not mean generation. Nor does a cache beside labels:
+        # prefix tuning passes its prefix as a cache.
+        generates = has_cache and outside.is_empty and batch.labels is None
+        batch = replace(batch, generating=outside.generating or generates)
+        passes.push(self, batch)
+
+        if outside is not EMPTY_BATCH or torch.compiler.is_compiling():  # a graph would be tied to one count of passes
+            return
+        in_training = module.training and torch.is_grad_enabled() and not in_backward()
+        if in_training:
+            self.noise.alpha.count_pass()
+            if batch.generating:
+                self._warn("a cache was passed to the model in training: taken for generation, which gets no noise")
+            self._check_wrapper(module)
+        has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
+        must_reach = in_training and input_ids is not None and input_ids.ndim > 0 and not has_embeds
+        self.noise.coverage.begin(must_reach)
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Pops the batch."""
+        self.noise.passes.pop(self)
+        if torch.compiler.is_compiling() or self.noise.passes.batch is not EMPTY_BATCH:
+            return
+        if self.noise.coverage.end() and output is not None:  # None: the forward failed
+            self._warn(
+                "the model's pass in training reached no noisy embedding, so there is no noise: something put on since, as an "
+                "adapter is, looks tokens up past it; call replace_embeddings() again"
+            )
+
+    def _check_wrapper(self, module: nn.Module) -> None:
+        wrapper, _ = input_embeddings(module)
+        self.noise.warning = ""
+        if getattr(wrapper, "lora_magnitude_vector", None):  # DoRA, which scales the output of the table that it wraps
+            hooks = wrapper._forward_hooks.values()  # type: ignore[union-attr]
+            if not any(hasattr(getattr(hook, "__self__", None), "noise") for hook in hooks):
+                self.noise.warning = (
+                    "an adapter that was put on later (DoRA) scales the noise with the embedding; "
+                    "call replace_embeddings() again"
+                )
+                self._warn(self.noise.warning)
+
+    def _is_cache(self, name: str, value: Any) -> bool:
+        """Whether an argument holds a cache: by its class, or by its name unless it is a switch, as ``cache=True``."""
+        if isinstance(value, self.cache_class):
+            return True
+        return name in _CACHES and value is not None and not isinstance(value, bool)
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message)
+
+
+def modules_around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
+    """`model`, and the modules between it and its embeddings whose arguments say something about the batch."""
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in embeddings]
+    paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    found = [model]
+    for path in sorted(paths):
+        module = model.get_submodule(path)
+        if module not in found and _ARGUMENTS.intersection(parameters_of_forward(module)):
+            found.append(module)
+    return found
+
+
+def _readable(value: Any) -> Any:
+    """An argument as a batch has it. Of masks by kind of attention, as transformers makes them, the one of the fewest axes."""
+    if isinstance(value, dict):
+        value = min((each for each in value.values() if isinstance(each, Tensor)), key=Tensor.dim, default=value)
+    # A graph would depend on an object that is no tensor.
+    return None if torch.compiler.is_compiling() and not isinstance(value, Tensor) else value
+
+
+def parameters_of_forward(module: nn.Module, positional: bool = False) -> tuple[str, ...]:
+    """The names of the parameters of the module's forward, all or those that can be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(each.name for each in parameters if not positional or each.kind in kinds)

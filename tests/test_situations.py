@@ -1,0 +1,476 @@
+"""Contract: in situations that people have reported, the noise is right, or describe says why not, or it is an error."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from neft_kernels import (
+    NEFTuneEmbedding,
+    describe,
+    no_noise,
+    noise_magnitude,
+    replace_embeddings,
+    restore_embeddings,
+    set_alpha,
+)
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+IDS = torch.tensor([[3, 4, 5, 6, 7, 8], [3, 4, 5, 0, 0, 0]])
+MASK = (IDS != 0).to(torch.int64)
+ALPHA, WIDTH = 5.0, 16
+
+
+def bound(length):
+    return ALPHA / (length * WIDTH) ** 0.5
+
+
+def llama():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).train()
+
+
+def t5():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=60, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).train()
+
+
+class Looks(nn.Module):
+    """A model that takes whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(60, WIDTH)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, lengths=None, inputs_embeds=None):
+        return self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def bounds(model):
+    return describe(model)[0].last_magnitude
+
+
+def notes(model):
+    return [report.note for report in describe(model)]
+
+
+def noise_of(model, *args, **kwargs):
+    """What is added to each token, ``[..., D]``, of a model that returns its embeddings."""
+    with no_noise(model):
+        plain = model(*args, **kwargs)
+    return model(*args, **kwargs) - plain
+
+
+# --- two passes under one state of the generator ---------------------------------------------------------------------
+
+
+def twice(model, ids):
+    """As GradCache does it: a pass without gradients, the state restored, a pass with gradients."""
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first = model(ids)
+    between = torch.get_rng_state()
+    torch.set_rng_state(state)
+    second = model(ids)
+    return first, second, torch.equal(between, torch.get_rng_state())
+
+
+def test_under_no_grad_both_passes_have_the_same_noise_and_draw_the_same_numbers():
+    model = replace_embeddings(Looks(), under_no_grad=True).train()
+    first, second, drew_the_same = twice(model, IDS)
+    assert torch.equal(first, second)
+    assert drew_the_same
+    assert not torch.equal(first, model.embedding.weight[IDS])
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS), model.embedding.weight[IDS])
+
+
+def test_by_default_a_pass_without_gradients_is_a_reference_pass():
+    model = replace_embeddings(Looks()).train()
+    first, second, _ = twice(model, IDS)
+    assert torch.equal(first, model.embedding.weight[IDS])
+    assert not torch.equal(first, second)
+
+
+def test_under_no_grad_a_schedule_must_be_told_its_steps():
+    model = replace_embeddings(Looks(), alpha=lambda step: 5.0 + step, under_no_grad=True).train()
+    with pytest.raises(RuntimeError, match="under_no_grad=True a pass may run twice"):
+        model(IDS)
+    set_alpha(model, lambda step: 5.0 + step, step=3)
+    model(IDS)
+    assert describe(model)[0].alpha == 8.0
+
+
+def test_under_no_grad_must_be_a_bool():
+    with pytest.raises(TypeError, match="under_no_grad must be a bool"):
+        replace_embeddings(Looks(), under_no_grad=1)
+
+
+def test_a_pass_run_again_in_a_hook_of_backward_has_what_it_had_the_first_time(caplog):
+    """As in sentence-transformers' cached losses, with slices of the batch."""
+    for options, is_noisy in (({}, False), ({"under_no_grad": True}, True)):
+        model = replace_embeddings(Looks(), **options).train()
+        seen = []
+
+        parts, first = [], []
+
+        def again(gradient, model=model, seen=seen, parts=parts):
+            with torch.enable_grad():
+                for ids, state in parts:
+                    torch.set_rng_state(state)
+                    seen.append(model(ids).detach())
+
+        for ids in IDS.split(1):
+            parts.append((ids, torch.get_rng_state()))
+            with torch.no_grad():
+                first.append(model(ids))
+        x = torch.ones(1, requires_grad=True)
+        x.register_hook(again)
+        with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+            x.sum().backward()
+        assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+        assert torch.equal(seen[0], model.embedding.weight[IDS[:1]]) != is_noisy
+        assert ("under_no_grad=True gives noise to both" in caplog.text) != is_noisy
+        caplog.clear()
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
+
+LABELS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 1], [5, 6, 1, -100, -100, -100, -100, -100]])
+
+
+def test_a_decoder_without_a_mask_is_as_long_as_its_labels():
+    model = replace_embeddings(t5(), ALPHA)
+    model(input_ids=IDS, attention_mask=MASK, labels=LABELS)
+    by_name = {report.name: report for report in describe(model)}
+    assert set(by_name) == {"encoder.embed_tokens", "decoder.embed_tokens"}  # not `shared`, which is never called
+    assert by_name["encoder.embed_tokens"].last_magnitude == pytest.approx((bound(6), bound(3)))
+    assert by_name["decoder.embed_tokens"].last_magnitude == pytest.approx((bound(8), bound(3)))
+    assert not any(notes(model))
+
+
+@pytest.mark.parametrize(
+    ("labels", "lengths"),
+    [
+        ([[5, -100, 7, 1], [5, 1, -100, -100]], (4, 2)),  # ignored in between: a later one counts
+        ([[-100, -100, 7, 1], [-100] * 4], (4, 4)),  # a row of nothing but padding has no noise at all
+    ],
+)
+def test_a_token_of_the_decoder_counts_if_its_label_or_a_later_one_does(labels, lengths):
+    model = replace_embeddings(t5(), ALPHA)
+    model(input_ids=IDS, attention_mask=MASK, labels=torch.tensor(labels))
+    by_name = {report.name: report for report in describe(model)}
+    assert by_name["decoder.embed_tokens"].last_magnitude == pytest.approx(tuple(map(bound, lengths)))
+
+
+def test_a_mask_of_the_decoder_comes_before_its_labels():
+    model = replace_embeddings(t5(), ALPHA)
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    model(input_ids=IDS, attention_mask=MASK, labels=LABELS, decoder_attention_mask=mask)
+    by_name = {report.name: report for report in describe(model)}
+    assert by_name["decoder.embed_tokens"].last_magnitude == pytest.approx((bound(8), bound(5)))
+
+
+def test_labels_that_are_not_asked_about_are_not_noted():
+    model = replace_embeddings(llama(), ALPHA)
+    model(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    assert notes(model) == [""]
+    with torch.no_grad():
+        assert notes(model) == [""]
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+class NoTensor:
+    """As flex attention's BlockMask."""
+
+
+def test_a_mask_that_is_no_tensor_is_noted():
+    model = replace_embeddings(Looks(), ALPHA).train()
+    model(IDS, attention_mask=NoTensor())
+    assert bounds(model) == pytest.approx((bound(6),) * 2)
+    assert notes(model) == ["attention_mask of type NoTensor does not tell the lengths of ids of shape [2, 6]"]
+
+
+def test_of_masks_by_kind_the_one_that_tells_is_used():
+    wide = torch.ones(2, 1, 6, 6)
+    model = replace_embeddings(Looks(), ALPHA).train()
+    model(IDS, attention_mask={"full_attention": wide, "sliding_attention": wide})
+    assert notes(model) == ["attention_mask of shape [2, 1, 6, 6] does not tell the lengths of ids of shape [2, 6]"]
+    model(IDS, attention_mask={"full_attention": wide, "padding": MASK})
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+    assert notes(model) == [""]
+    model(IDS, attention_mask={})
+    assert notes(model) == ["attention_mask of type dict does not tell the lengths of ids of shape [2, 6]"]
+
+
+def test_a_mask_elsewhere_is_noted_with_both_devices():
+    model = replace_embeddings(Looks(), ALPHA).train()
+    model(IDS, attention_mask=MASK.to("meta"))
+    (note,) = notes(model)
+    assert "on meta, not on cpu" in note
+
+
+def test_lengths_in_place_of_a_mask():
+    """As XLM and FlauBERT take them."""
+    model = replace_embeddings(Looks(), ALPHA).train()
+    noise = noise_of(model, IDS, lengths=torch.tensor([6, 3]))
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+    assert torch.equal(noise.any(-1), MASK.bool())
+    config = transformers.XLMConfig(vocab_size=60, emb_dim=WIDTH, n_layers=1, n_heads=2, dropout=0, pad_index=0)
+    xlm = replace_embeddings(transformers.XLMModel(config).train(), ALPHA)
+    xlm(input_ids=IDS, lengths=torch.tensor([6, 3]))
+    assert bounds(xlm) == pytest.approx((bound(6), bound(3)))
+
+
+def test_a_batch_of_which_nothing_tells_the_lengths_is_noted():
+    model = replace_embeddings(Looks(), ALPHA).train()
+    model(IDS)
+    assert notes(model) == ["nothing tells the lengths of ids of shape [2, 6], so all of them count"]
+    model(IDS[:1])
+    assert notes(model) == [""]
+    replace_embeddings(model, ALPHA, scale_by="batch")
+    model(IDS)
+    assert notes(model) == [""]
+
+
+# --- look-ups outside of a pass --------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Embedding):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_look_up_outside_of_a_pass_is_noted_and_may_be_told_the_mask(is_fused):
+    model = Looks()
+    if not is_fused:
+        model.embedding = Doubled(60, WIDTH)
+    replace_embeddings(model, ALPHA).train()
+    model(inputs_embeds=model.get_input_embeddings()(IDS), attention_mask=MASK)
+    (note,) = notes(model)
+    assert "looked up outside of the model's forward" in note
+    assert "attention_mask=attention_mask" in note
+    embeds = model.get_input_embeddings()(IDS, attention_mask=MASK)
+    assert notes(model) == [""]
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+    plain = model.embedding.weight[IDS] * (1 if is_fused else 2)
+    assert torch.equal((embeds != plain).any(-1), MASK.bool())
+
+
+# --- the Hugging Face hook's attribute -------------------------------------------------------------------------------
+
+
+def test_the_attribute_of_the_hook_alone_means_nothing(caplog):
+    """Unsloth's generated trainers set it."""
+    model = Looks()
+    model.embedding.neftune_noise_alpha = 5.0
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        replace_embeddings(model, ALPHA).train()
+        assert noise_of(model, IDS).any()
+    assert not caplog.records
+    assert describe(model)[0].state == "on"
+
+
+# --- tables of other classes -----------------------------------------------------------------------------------------
+
+
+def test_a_table_that_is_quantised_when_it_is_noisy_already():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = replace_embeddings(Looks().to(torch.bfloat16), ALPHA).train()
+    assert describe(model)[0].strategy == "fused"
+    torchao.quantize_(
+        model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, nn.Embedding)
+    )
+    noise = noise_of(model, IDS, attention_mask=MASK)
+    assert torch.equal(noise.any(-1), MASK.bool())
+    (report,) = describe(model)
+    assert report.strategy == "add_noise"
+    assert report.last_magnitude == pytest.approx((bound(6), bound(3)))
+
+
+@pytest.mark.cpu_extension
+def test_describe_names_the_backend_of_a_table_that_is_kept_elsewhere():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(llama(), torch.device("cpu"))
+    replace_embeddings(model, ALPHA)
+    assert next(model.get_input_embeddings().parameters()).device.type == "meta"
+    assert describe(model)[0].backend == "cpu"
+    model(input_ids=IDS, attention_mask=MASK)
+    assert describe(model)[0].backend == "cpu"
+
+
+# --- models inside of plain modules ----------------------------------------------------------------------------------
+
+
+class BiEncoder(nn.Module):
+    def __init__(self, query, passage):
+        super().__init__()
+        self.query, self.passage = query, passage
+
+    def forward(self, query, passage):
+        return self.query(**query).logits, self.passage(**passage).logits
+
+
+def test_all_models_inside_of_a_plain_module_are_noisy():
+    model = replace_embeddings(BiEncoder(llama(), llama()), ALPHA)
+    assert [report.name for report in describe(model)] == ["query.model.embed_tokens", "passage.model.embed_tokens"]
+    model({"input_ids": IDS, "attention_mask": MASK}, {"input_ids": IDS[:, :4], "attention_mask": MASK[:, :4]})
+    first, second = describe(model)
+    assert first.last_magnitude == pytest.approx((bound(6), bound(3)))
+    assert second.last_magnitude == pytest.approx((bound(4), bound(3)))
+    restore_embeddings(model)
+    assert not describe(model)
+
+
+def test_one_model_in_two_places_is_noisy_once():
+    shared = llama()
+    assert len(describe(replace_embeddings(BiEncoder(shared, shared), ALPHA))) == 1
+
+
+class NamesNone(nn.Module):
+    """As a model with a value head."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained_model = llama()
+
+    def get_input_embeddings(self):
+        return None
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_a_model_that_names_no_embeddings_is_looked_into():
+    model = replace_embeddings(NamesNone(), ALPHA)
+    model(IDS, MASK)
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+
+
+class Pictures(nn.Module):
+    """Names a convolution its input embeddings, as vision models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 2)
+
+    def get_input_embeddings(self):
+        return self.patches
+
+
+def test_parts_that_look_up_no_tokens_are_left_alone():
+    module = nn.Module()
+    module.vision, module.text = Pictures(), llama()
+    assert [report.name for report in describe(replace_embeddings(module))] == ["text.model.embed_tokens"]
+    module = nn.Module()
+    module.vision = Pictures()
+    with pytest.raises(ValueError, match="nor does a part of it"):
+        replace_embeddings(module)
+
+
+def test_an_embedding_in_two_models_belongs_to_one():
+    first, second = Looks(), Looks()
+    second.embedding = first.embedding
+    replace_embeddings(first, ALPHA)
+    with pytest.raises(ValueError, match="shares an embedding with a Looks that is noisy already"):
+        replace_embeddings(second, 1.0)
+    first.train()(IDS, attention_mask=MASK)
+    assert bounds(first) == pytest.approx((bound(6), bound(3)))  # and nothing of it has changed
+    restore_embeddings(first)
+    second.train()
+    replace_embeddings(second, 1.0)(IDS, attention_mask=MASK)
+    assert describe(second)[0].alpha == 1.0
+
+
+def test_a_part_and_the_whole_of_a_model_may_both_be_replaced():
+    model = llama()
+    replace_embeddings(model.model, 1.0)
+    replace_embeddings(model, ALPHA)
+    model(input_ids=IDS, attention_mask=MASK)
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+    replace_embeddings(model.model, 1.0)
+    assert [report.alpha for report in describe(model)] == [1.0]
+    del model
+
+
+# --- switches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_noisy_before", [True, False])
+def test_a_model_replaced_inside_of_no_noise_has_none_until_it_ends(is_noisy_before):
+    model = Looks().train()
+    if is_noisy_before:
+        replace_embeddings(model)
+    with no_noise(model), no_noise(model):
+        replace_embeddings(model)
+        assert torch.equal(model(IDS), model.embedding.weight[IDS])
+        assert describe(model)[0].state == "off: inside no_noise"
+    assert not torch.equal(model(IDS), model.embedding.weight[IDS])
+
+
+def test_dora_put_on_later_is_noticed(caplog):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], use_dora=True)
+    model = peft.get_peft_model(replace_embeddings(llama(), ALPHA), config).train()
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        for _ in range(2):
+            model(input_ids=IDS, attention_mask=MASK)
+    assert caplog.text.count("DoRA") == 1
+    assert "DoRA" in notes(model)[0]
+    replace_embeddings(model, ALPHA)
+    caplog.clear()
+    model(input_ids=IDS, attention_mask=MASK)
+    assert "DoRA" not in caplog.text
+    assert notes(model) == [""]
+
+
+def test_nested_ids_are_an_error_that_says_what_to_do():
+    ids = torch.nested.nested_tensor([IDS[0], IDS[1, :3]], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"nested tensor.*cu_seq_lens"):
+        NEFTuneEmbedding(60, WIDTH)(ids)
+    module = NEFTuneEmbedding(60, WIDTH).eval()
+    assert module(ids).is_nested
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_says_what_to_use_instead():
+    module = NEFTuneEmbedding(60, WIDTH)
+    with pytest.raises(RuntimeError, match="restore_embeddings"):
+        torch.jit.script(module)
+    model = restore_embeddings(replace_embeddings(nn.Sequential(module)))
+    module.noise = None
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(IDS), module.weight[IDS])
+
+
+def test_positions_of_several_kinds_begin_with_those_of_text():
+    """As transformers' Qwen2-VL and its kin have it."""
+    text = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    model = replace_embeddings(Looks(), ALPHA).train()
+    model(IDS, position_ids=torch.stack((text, *torch.zeros(3, 2, 6, dtype=torch.int64))))
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+    assert notes(model) == [""]
+    model(IDS, position_ids=torch.zeros(3, 2, 6, dtype=torch.int64))
+    assert notes(model) == ["position_ids of shape [3, 2, 6] does not tell the lengths of ids of shape [2, 6]"]
+    assert noise_magnitude(IDS, WIDTH, ALPHA) == bound(6)
