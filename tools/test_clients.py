@@ -122,7 +122,7 @@ use_tensorboard: false
 AXOLOTL_VARIABLES = {"ACCELERATE_USE_CPU": "true", "AXOLOTL_DO_NOT_TRACK": "1"}
 
 SWIFT = """
---model {data}/model --model_type llama3 --template dummy --dataset {data}/messages/train.jsonl --split_dataset_ratio 0.25
+--model {data}/model --model_type llama --template dummy --dataset {data}/messages/train.jsonl --split_dataset_ratio 0.25
 --tuner_type full --torch_dtype float32 --attn_impl sdpa --output_dir {work}/out --max_steps 3 --eval_strategy steps
 --eval_steps 3 --save_strategy no --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --neftune_noise_alpha 5
 --use_cpu true --report_to none
@@ -193,8 +193,19 @@ CLIENTS = (
     ),
 )
 
-#: Frameworks that were not run, and why. In the page they stand below the others.
-NOT_RUN: tuple[tuple[str, str], ...] = ()
+#: Frameworks that were not run: what to do there, and why they were not.
+NOT_RUN = {
+    "unsloth": (
+        "`NEFTuneCallback`, with `neftune_noise_alpha` unset",
+        "Not run: unsloth cannot be imported without a GPU. Its trainers put a hook of their own on the embedding if "
+        "`neftune_noise_alpha` is set. The launcher does not reach that hook.",
+    ),
+    "NeMo Automodel": (
+        "`replace_embeddings(model)` in the recipe, with `neftune` unset",
+        "Not run: its recipes are for GPUs. They have a training loop and a NEFTune hook of their own instead of the "
+        "Trainer's. The launcher does not reach that hook.",
+    ),
+}
 
 
 def main() -> None:
@@ -351,13 +362,85 @@ def judge(records: list[dict[str, Any]], under_no_grad: bool) -> tuple[dict[str,
     return found, [problem for problem, is_so in wrong.items() if is_so]
 
 
+PAGE_TEXT = """# Frameworks
+
+Frameworks that train with the Trainer of transformers have its option `neftune_noise_alpha`. It runs on our kernels behind
+the launcher, which reaches every process that a command starts:
+
+    neft-kernels run axolotl train config.yaml
+    neft-kernels run --scale-by batch -- swift sft ...
+    python -m neft_kernels run llamafactory-cli train config.yaml
+
+`neft-kernels run --help` lists the options, which are those of `replace_embeddings`. The exit code and signals are those of the
+command. A process is not reached if it
+
+- ignores its environment (`python -I`, `-E`, `-S`),
+- was running before, such as a worker of a Ray cluster, or runs on another machine that does not get `PYTHONPATH` and
+  `NEFT_KERNELS_RUN` from here,
+- uses another Python, in which neft_kernels is not installed. A message says so when transformers is imported there.
+
+The launcher sets two variables. `PYTHONPATH` begins with a folder that has a `sitecustomize.py`, which waits for
+`transformers.trainer`, patches it, and imports nothing else; it also runs the `sitecustomize.py` that it hides.
+`NEFT_KERNELS_RUN` has the options as JSON.
+
+axolotl and ms-swift have plugins, which do the same without the launcher. In axolotl's configuration:
+
+    plugins:
+      - neft_kernels.integrations.axolotl.NEFTunePlugin
+    neftune_noise_alpha: 5
+    neft_kernels:            # the options, if any
+      scale_by: batch
+
+For ms-swift the plugin is a file in the package, `neft_kernels/integrations/swift/neftune.py`:
+
+    swift sft --external_plugins .../neft_kernels/integrations/swift/neftune.py --neftune_noise_alpha 5 ...
+
+## What was run
+
+A Llama of two layers was trained for a few steps on a CPU, by each of these lines. The input of its first layer was compared
+with the plain look-up. "Right" means: in every training pass every token has noise, once, scaled by the length of its own
+sequence; padding has none; evaluation, generation, reference and other passes have none; and after training there is none.
+"Other passes" counts all of these. `make test-clients` runs this again and writes this page.
+
+"""
+
+
 def page(results: dict[str, Any]) -> str:
     """The page of the documentation."""
-    lines = [
-        "# Frameworks",
-        "",
-    ]
-    return "\n".join(lines) + "\n"
+    rows = []
+    for client in CLIENTS:
+        for run in client.runs:
+            result = results.get(f"{client.name}, {run.name}")
+            if result is not None:
+                versions = ", ".join(map(" ".join, result["versions"].items()))
+                rows.append((f"{client.name}: {run.name}", f"`{typed(run)}`", seen(result), versions, result["date"]))
+    rows += [(name, *row, "", "") for name, row in NOT_RUN.items()]
+    titles = ("framework", "what to type", "what was seen", "versions", "date")
+    lines = [f"| {' | '.join(row)} |" for row in (titles, ("---",) * len(titles), *rows)]
+    left_out = [f"{client.name} without {', '.join(client.without)}" for client in CLIENTS if client.without]
+    note = f"What needs CUDA was left out: {'; '.join(left_out)}. An empty module stood in for {', '.join(EMPTY)}."
+    return PAGE_TEXT + "\n".join(lines) + f"\n\n{note}\n"
+
+
+def typed(run: Run) -> str:
+    """The command without what is of this test only."""
+    words = run.command.replace("{work}/", "").replace(f"{PROGRAMS}/cached_loss.py", "train.py").split()
+    options = [words.index(word) for word in words if word.startswith(("--", "{"))]
+    shown = [*words[: options[0]], "..."] if options else words
+    if "--external_plugins" in words:
+        shown += ["--external_plugins", ".../neft_kernels/integrations/swift/neftune.py"]
+    switches = [f"{name}={value}" for name, value in run.variables.items() if name == "FORCE_TORCHRUN"]
+    return " ".join((*switches, *(run.launcher or "").split(), *shown))
+
+
+def seen(result: dict[str, Any]) -> str:
+    found = result["found"]
+    tokens = f"{found['tokens']} tokens and {found['padding']} of padding"
+    parts = [f"{found['training passes']} training passes with {tokens}"]
+    for kind in ("other passes", "generation passes", "passes without gradients in training mode"):
+        if found[kind]:
+            parts.append(f"{found[kind]} {kind}")
+    return f"{'; '.join(result['problems']) or 'right'}: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import copy
 import inspect
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,8 @@ class BatchHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Reads the arguments, and pushes the batch that they describe."""
         given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
+        if args and isinstance(args[0], Mapping):  # sentence-transformers passes a batch as one mapping
+            given |= {name: value for name, value in args[0].items() if isinstance(name, str)}
         has_cache = any(self._is_cache(name, value) for name, value in given.items())
         given = {name: _readable(value) for name, value in given.items()}
         passes = self.noise.passes
