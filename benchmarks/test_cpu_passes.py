@@ -152,7 +152,7 @@ def test_pass(
             f"{f'{shape}, {passes}':66} ours {median['ours'] * 1e3:8.3f} ms ({low * 1e3:.3f}-{high * 1e3:.3f}), "
             f"{median['ours'] / median['plain']:5.2f} x plain, hook {median['hook'] / median['ours']:5.1f} x ours"
         )
-        record = {"shape": str(shape), "passes": passes, "milliseconds": table(samples)}
+        record: dict[str, Any] = {"shape": str(shape), "passes": passes, "milliseconds": table(samples)}
         if passes in ("backward", "both", PADDED_BACKWARD):
             record["gradient_error"] = gradient_error(shape, passes)
             errors = ", ".join(f"{name} {record['gradient_error'][name]:.2g}" for name in VARIANTS)

@@ -17,7 +17,7 @@ from .triton_noise import MAX_GRID_Y, launch
 __all__ = ["token_magnitude"]
 
 MOST_TOKENS = 1024  # of a tile
-MOST_TOKENS_AT_ONCE = 2048  # in the rest of the row
+MOST_TOKENS_AT_ONCE = 1024  # in the rest of the row
 
 
 @triton.jit
