@@ -147,8 +147,9 @@ class BatchHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Reads the arguments, and pushes the batch that they describe."""
         given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
-        if args and isinstance(args[0], Mapping):  # sentence-transformers passes a batch as one mapping
-            given |= {name: value for name, value in args[0].items() if isinstance(name, str)}
+        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping) and "input_ids" in value]
+        if len(mappings) == 1:  # the batch, as sentence-transformers passes it on to its modules
+            given |= mappings[0]
         has_cache = any(self._is_cache(name, value) for name, value in given.items())
         given = {name: _readable(value) for name, value in given.items()}
         passes = self.noise.passes
