@@ -119,6 +119,42 @@ def test_masks_that_are_gone_when_the_region_is_recomputed_need_not_be_given_aga
         assert_equal(step("non-reentrant", region=region, **inputs), step(None, region=region, **inputs))
 
 
+def test_the_noise_is_the_same_although_the_generator_is_not_restored():
+    region = replace_embeddings(RegionWithMask()).train()
+
+    def run(recompute):
+        torch.manual_seed(1)
+        region.zero_grad()
+        like = torch.zeros(4, requires_grad=True)
+        if recompute:
+            out = checkpoint(region, IDS, like, MASK, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = region(IDS, like, MASK)
+        out.square().sum().backward()
+        return out.detach(), [parameter.grad.clone() for parameter in region.parameters()]
+
+    assert_equal(run(True), run(False))
+
+
+def test_what_follows_the_embedding_draws_the_same_numbers_when_it_is_recomputed():
+    """Dropout after the embedding: the recomputed pass moves the generator on as the first one did."""
+    region, dropout = replace_embeddings(Region()).train(), nn.Dropout(0.5)
+
+    def run(recompute):
+        torch.manual_seed(1)
+        region.zero_grad()
+        like = torch.zeros(4, requires_grad=True)
+
+        def block(ids, like):
+            return dropout(region(ids, like))
+
+        out = checkpoint(block, IDS, like, use_reentrant=False) if recompute else block(IDS, like)
+        out.square().sum().backward()
+        return out.detach(), [parameter.grad.clone() for parameter in region.parameters()]
+
+    assert_equal(run(True), run(False))
+
+
 class TakesLabels(Model):
     def forward(self, input_ids, labels=None):
         return super().forward(input_ids)

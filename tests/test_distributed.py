@@ -183,7 +183,7 @@ def test_noise_on_a_part_is_that_part_of_the_noise_on_the_whole(name, shape):
         whole = add_noise(embeds, magnitude, seed=seed, stream=2)
         held = part.of(magnitude) if isinstance(magnitude, torch.Tensor) and magnitude.ndim else magnitude
         options = {"magnitude": held, "seed": seed, "stream": 2}
-        noisy = in_parts(add_noise, part.of(embeds.mT).mT, part, options)
+        noisy = in_parts(part, part.of(embeds.mT).mT, **options)
         assert torch.equal(noisy, part.of(whole.mT).mT)
 
 
@@ -238,4 +238,4 @@ def test_a_group_of_one_is_no_group(layout):
     callback.on_train_begin(None, None, None, model=model)
     torch.manual_seed(3)
     assert torch.equal(model(tokens), want)
-    assert model[0].noise.model.options.sequence_layout == layout
+    assert model[0].noise.shared.options.sequence_layout == layout

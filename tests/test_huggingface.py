@@ -237,7 +237,7 @@ def test_an_error_in_forward_leaves_no_masks_behind():
     bad["input_ids"] = bad["input_ids"] + 100
     with pytest.raises(IndexError, match="input_ids"):
         model(**bad)
-    assert model.model.embed_tokens.noise.model.passes.batch is EMPTY_BATCH
+    assert model.model.embed_tokens.noise.shared.passes.batch is EMPTY_BATCH
     (noise,) = noise_in(model, batch()).values()
     assert (noise[0, 4:] == 0).all()
 
@@ -275,7 +275,7 @@ def test_the_outer_masks_are_back_when_an_inner_module_returns():
     assert torch.equal((inside != plain).any(-1), mask.roll(1, -1).bool())
     assert torch.equal((outside != plain).any(-1), mask.bool())
     # A copy made in the middle of a pass has nothing of that pass.
-    assert model.copied.embedding.noise.model.passes.batch is EMPTY_BATCH
+    assert model.copied.embedding.noise.shared.passes.batch is EMPTY_BATCH
 
 
 def test_modules_built_noisy_are_copied_with_settings_of_their_own():

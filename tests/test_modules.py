@@ -124,17 +124,17 @@ def test_what_describe_says_for_people():
     begin = (
         "(the model itself) (NEFTuneEmbedding): noise on; alpha=5 by sequence, fused on backend 'reference', stream 7; "
     )
-    assert str(describe(module)) == begin + "no batch with noise yet (those of compiled models are not noted)"
+    assert str(describe(module)) == begin + "no noisy batch recorded yet (compiled models record none)"
     module(IDS)
     assert str(describe(module)) == begin + (
-        "last batch within +-1.02 [nothing tells the lengths of ids of shape [2, 4], so all of them count]"
+        "last batch within +-1.02 [no mask or positions were given, so each row of [2, 4] ids counts in full length]"
     )  # 5 / sqrt(4 * 6)
     module(IDS, attention_mask=MASK)
     assert str(describe(module)) == begin + "last batch within +-1.18 to 1.44 by sequence"  # of 3 and 2 tokens
     module = nn.Sequential(embedding(noise_on="prompt", scale_by="batch")).eval()
     assert str(describe(module)) == (
         "0 (NEFTuneEmbedding): noise off: evaluation mode; alpha=5 by batch on the prompt, fused on backend 'cpu', "
-        "stream of this replica; no batch with noise yet (those of compiled models are not noted)"
+        "stream of this replica; no noisy batch recorded yet (compiled models record none)"
     )
 
 
@@ -178,7 +178,7 @@ def test_copies_and_pickles_are_independent():
     module(IDS, attention_mask=MASK)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert twin.noise is not module.noise
-        assert twin.noise.model.options == module.noise.model.options
+        assert twin.noise.shared.options == module.noise.shared.options
         assert twin.noise.last_magnitude is None
         torch.manual_seed(1)
         expected = module(IDS)

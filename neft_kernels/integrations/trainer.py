@@ -23,7 +23,7 @@ from neft_kernels.ops.backends import logger
 __all__ = ["NEFTuneCallback", "patch_transformers"]
 
 
-#: What is to be undone when the ``Trainer.train`` under way ends.
+#: Callbacks to run when the current ``Trainer.train`` ends.
 _training: ContextVar[contextlib.ExitStack | None] = ContextVar("_training", default=None)
 
 
@@ -165,7 +165,7 @@ class patch_transformers:
             hook_handle.remove()
             embedding, _ = input_embeddings(model if accelerator is None else accelerator.unwrap_model(model))
             if embedding is not None:
-                embedding.__dict__.pop(HOOK_ATTRIBUTE, None)  # which some trainers set, although there is no such hook
+                embedding.__dict__.pop(HOOK_ATTRIBUTE, None)  # some trainers set it without registering the hook
 
         return activate_neftune, deactivate_neftune
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neft_kernels.models.layout import is_rearranged
+from neft_kernels.models.rearrangement import is_rearranged
 from neft_kernels.ops.checks import broadcasts
 from neft_kernels.ops.magnitude import IGNORED_LABEL
 
@@ -21,7 +21,7 @@ __all__ = ["EMPTY_BATCH", "Batch"]
 class Batch:
     """What a forward pass says about its batch. Names and shapes are those of :func:`neft_kernels.noise_magnitude`.
 
-    What the model is given in place of a tensor, such as a BlockMask, stands here as it is, so that it can be named in a note.
+    Arguments that are not tensors, such as a BlockMask, are kept unchanged so that a note can name them.
     """
 
     attention_mask: Any = None
@@ -41,9 +41,9 @@ class Batch:
         return self.input_ids is None and not self.generating and not any(self._given())
 
     def inside(self, known: dict[str, Any], input_ids: Tensor | None) -> "Batch":
-        """The batch inside a module that is called with `input_ids` and with what is `known`, None included.
+        """The batch of a nested module, which is called with `input_ids` and with what is `known`.
 
-        What is known of the batch outside still holds if the module is called with the same ids.
+        A None in `known` clears the outer value, unless the module gets the same `input_ids`; then the outer value stays.
         """
         if input_ids is not None and input_ids is self.input_ids:
             known = {name: value for name, value in known.items() if value is not None}
@@ -56,13 +56,13 @@ class Batch:
 
         Args:
             ids: the token ids.
-            row_length: None if `ids` are whole rows; else the length of the rows of which they are a part. What is as long as
-                that is about the whole rows.
-            options: decide what counts.
+            row_length: None if `ids` are whole rows, else the length of a whole row. An argument of that length describes the
+                whole row.
+            options: `scale_by` and `noise_on` decide which arguments are used.
 
         Returns:
             The ids that the model was given before it rearranged them, or `ids` themselves; the arguments of
-            :func:`neft_kernels.noise_magnitude` for these; and a note if they do not tell what they should.
+            :func:`neft_kernels.noise_magnitude` for these; and a note if an argument could not be used.
         """
         tokens = ids
         if row_length is None and self.input_ids is not None and is_rearranged(self.input_ids, ids):
@@ -79,7 +79,7 @@ class Batch:
                 unusable.append((name, value))
         by_labels = self.is_decoder and options.scale_by == "sequence" and not told
         if by_labels and _tells("labels", self.labels, tokens, row_length):
-            # A decoder is seldom given a mask. Its collator fills labels up with IGNORED_LABEL.
+            # Decoders usually get no mask. Collators pad labels with IGNORED_LABEL, so tokens up to the last label count.
             counts = (self.labels != IGNORED_LABEL).flip(-1).cumsum(-1).flip(-1) > 0
             told["attention_mask"] = counts.to(torch.int64)
         if torch.compiler.is_compiling():
@@ -88,13 +88,11 @@ class Batch:
                  for name, value in unusable]  # fmt: skip
         if tokens.shape != ids.shape:
             notes.append(f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}")
-        if (
-            not notes
-            and not told.keys() - {"labels"}
-            and options.scale_by == "sequence"
-            and tokens.shape[:-1].numel() > 1
-        ):
-            notes.append(f"nothing tells the lengths of ids of shape {list(tokens.shape)}, so all of them count")
+        has_lengths = notes or told.keys() - {"labels"} or options.scale_by == "batch"
+        if not has_lengths and tokens.shape[:-1].numel() > 1:
+            notes.append(
+                f"no mask or positions were given, so each row of {list(tokens.shape)} ids counts in full length"
+            )
         return tokens, told, "; ".join(notes)
 
     def _given(self) -> Iterator[tuple[str, Any]]:
@@ -111,14 +109,14 @@ def _of_tokens(name: str, value: Any, ids: Tensor, row_length: int) -> Any:
     if not isinstance(value, Tensor):
         return value
     if name == "attention_mask" and value.ndim == ids.ndim and value.shape[-1] != row_length:
-        return value[..., -ids.shape[-1] :]  # what comes before is about a cache, such as a prefix
+        return value[..., -ids.shape[-1] :]  # the leading columns belong to a cached prefix
     if name == "position_ids" and value.ndim == ids.ndim + 1 and value.shape[0] == 4:
         return value[0]  # of text; transformers' multimodal models put it before time, height and width
     return value
 
 
 def _tells(name: str, value: Any, ids: Tensor, row_length: int) -> bool:
-    """Whether `value` has the type, device and shape with which :func:`noise_magnitude` takes it as `name` of `ids`."""
+    """Whether :func:`noise_magnitude` accepts `value` as argument `name` for `ids`."""
     if not isinstance(value, Tensor) or value.device != ids.device:
         return False
     if name == "cu_seq_lens":

@@ -13,12 +13,12 @@ OFF = object()
 
 
 class FirstPasses:
-    """The noise of forward passes, by the storage of their token ids.
+    """The magnitude and the seed of forward passes, by the storage of their token ids.
 
-    Activation checkpointing runs a region again inside backward. Then the modules around the region may not run, so its masks
-    are not known; gradients may be enabled that were not; and ``no_noise`` may have ended. Passes are told apart by the
-    storage of the ids, because a region may look up a view of the ids that it is given. Entries live as long as the ids, the
-    last one longer.
+    Activation checkpointing runs a region again inside backward. In that run the hooks of the modules around the region may
+    not run, so the masks are unknown. Gradients may be enabled although they were disabled at first, and ``no_noise`` may have
+    ended. The storage of the ids is the key, because a region may look up a view of the ids that it is given. An entry lives
+    as long as its ids; the last one lives until the next pass.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class FirstPasses:
         self._last: tuple[Tensor, Any] | None = None  # ids and noise of the last pass
 
     def remember(self, ids: Tensor, noise: Any) -> None:
-        """A first pass on `ids` has `noise`: a magnitude, or OFF."""
+        """A first pass on `ids` has `noise`: magnitude and seed, or OFF."""
         if type(ids) is Tensor:  # not one that stands for others inside a transform or a trace
             self._by_storage.setdefault(ids.untyped_storage(), {})[ids.storage_offset(), ids.numel()] = noise
             self._last = ids, noise

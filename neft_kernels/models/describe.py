@@ -34,7 +34,7 @@ class EmbeddingReport:
 
     def __str__(self) -> str:
         if self.last_magnitude is None:
-            last = "no batch with noise yet (those of compiled models are not noted)"
+            last = "no noisy batch recorded yet (compiled models record none)"
         elif self.last_magnitude[0] == self.last_magnitude[1]:
             last = f"last batch within +-{self.last_magnitude[1]:.3g}"
         else:
@@ -73,21 +73,21 @@ def describe(model: nn.Module) -> Report:
 
 
 def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
-    model, options = noise.model, noise.model.options
+    shared, options = noise.shared, noise.shared.options
     state = noise.state(module)
     return EmbeddingReport(
         name=name or "(the model itself)",
         module=type(module).__name__,
         strategy="fused" if _is_fused(module, noise) else "add_noise",
-        alpha=model.alpha.now(),
+        alpha=shared.alpha.now(),
         scale_by=options.scale_by,
         noise_on=options.noise_on,
         stream=options.stream,
         backend=choose_backend(noise.last_device or _device_type(module), options.backend),
-        state="off: alpha is 0" if state == "on" and model.alpha.now() == 0 else state,
+        state="off: alpha is 0" if state == "on" and shared.alpha.now() == 0 else state,
         last_magnitude=noise.bounds(),
         note="; ".join(
-            filter(None, (noise.standing_note, noise.note, model.warning, MISSED if model.coverage.missed else ""))
+            filter(None, (noise.standing_note, noise.note, shared.warning, MISSED if shared.coverage.missed else ""))
         ),
     )
 

@@ -69,7 +69,7 @@ class NEFTuneEmbedding(nn.Embedding):
         plain = functools.partial(super().forward, input)
         if noise is None or input.ndim == 0:
             return plain()
-        options = noise.model.options
+        options = noise.shared.options
         part = None if options.sequence_group is None else sharding.part_of_rank(input, options)
         # Fused, each run of tokens would have a gradient of the size of the table.
         is_fused = not is_wrapper(self.weight) and (part is None or part.is_one_run(input))
@@ -86,7 +86,7 @@ class NEFTuneEmbedding(nn.Embedding):
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return noise.add_if_on(self, op, plain, input, self.embedding_dim, part, sequences)
+        return noise.add(op, input, self.embedding_dim, part, (), sequences) if noise.is_on(self, input) else plain()
 
     def _forward_in_two_steps(
         self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
@@ -104,7 +104,8 @@ class NEFTuneEmbedding(nn.Embedding):
         """What torch.jit.script compiles in place of this module."""
         if self.noise is not None:
             raise RuntimeError(
-                "torch.jit.script cannot compile a noisy embedding; call restore_embeddings(model) first, or use "
+                "torch.jit.script cannot compile a noisy embedding; call restore_embeddings(model) first if "
+                "replace_embeddings() made it noisy, copy the weight into an nn.Embedding if it was built noisy, or use "
                 "torch.compile or torch.export"
             )
         plain = nn.Embedding.__new__(nn.Embedding)
@@ -146,11 +147,13 @@ class NoiseHook:
         """The output with its noise."""
         noise, groups, sequences = self.noise, self._groups, self._sequences
         embeds = output[0] if isinstance(output, tuple) else output  # [..., L, D]
-        ids = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds)
+        ids: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds)
+        if sharding.is_dtensor(ids):
+            ids = ids.full_tensor()
         if embeds.ndim < 2 or not noise.is_on(module, ids):
             return output
         if sharding.is_dtensor(embeds):
-            noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, noise, whole[..., 0], groups, sequences))
+            noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, noise, ids, groups, sequences))
         else:
             width = getattr(module, "embedding_dim", embeds.shape[-1])
             if len(groups) == 1 and embeds.shape[-1] != width:  # the output of a table that is sharded by columns
@@ -176,8 +179,8 @@ def _add_to(
     shape = embeds.shape[:-1]
     is_part = len(groups) == 1 and ids.shape == (*shape[:-1], shape[-1] * sharding.group_size(groups[0]))
     tokens = ids if is_part or ids.shape == shape else embeds[..., 0]
-    part = sharding.part_of_rank(tokens, noise.model.options)
+    part = sharding.part_of_rank(tokens, noise.shared.options)
     if is_part and ids.shape != shape:  # the output of tensor parallelism with sequence parallelism
         part = sharding.part_of_output(part, tokens.shape[-1], shape[-1], groups[0])
-    op = functools.partial(add_noise if part is None else functools.partial(sharding.in_parts, add_noise, part), embeds)
+    op = functools.partial(add_noise, embeds) if part is None else functools.partial(sharding.in_parts, part, embeds)
     return noise.add(op, tokens, embeds.shape[-1], part, groups, sequences)

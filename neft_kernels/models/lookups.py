@@ -23,13 +23,13 @@ def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
     lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     main, why_not = input_embeddings(model)
     if main is None:  # for transformers the text part beside a part for pictures is a decoder too
-        main, _ = input_embeddings(_part(model, "decoder"))
+        main, _ = input_embeddings(_side(model, "decoder"))
     if main is None:
         return _embeddings_of_parts(model, lookups, why_not)
     named, note = [main], ""
     if is_encoder_decoder(model):
-        encoder, _ = input_embeddings(_part(model, "encoder"))  # of a picture or a sound, where it reads those
-        decoder, why_not = input_embeddings(_part(model, "decoder"))
+        encoder, _ = input_embeddings(_side(model, "encoder"))  # of a picture or a sound, where it reads those
+        decoder, why_not = input_embeddings(_side(model, "decoder"))
         if encoder is not None and any(_is_tied(table, main) for table in _tables(encoder)):
             named.append(encoder)
         if decoder is not None:
@@ -37,7 +37,7 @@ def token_embeddings(model: nn.Module) -> tuple[list[nn.Module], str]:
         else:
             note = f"the decoder's tokens get no noise, because its embedding is not known: {why_not}"
     tied = [module for module in lookups if any(module.weight is getattr(each, "weight", None) for each in named)]
-    # What wraps a table, as PEFT's layers do, may look it up by itself; then noise goes on what the wrapper returns.
+    # A wrapper, such as a PEFT layer, may read the table without calling it. Add the noise to the wrapper's output.
     inside = {part for module in named for part in module.modules() if part is not module}
     return [module for module in dict.fromkeys([*named, *tied]) if module not in inside], note
 
@@ -55,8 +55,9 @@ def _embeddings_of_parts(model: nn.Module, lookups: Sequence[nn.Module], why_not
     if len(lookups) == 1 and not hasattr(model, "get_input_embeddings"):
         return list(lookups), ""
     raise ValueError(
-        f"model of class {type(model).__name__} names no input embeddings ({why_not}), nor does a part of it, and it has "
-        f"{len(lookups)} nn.Embedding modules; pass the module that holds just one"
+        f"found no token embedding in model of class {type(model).__name__}: neither it nor a submodule has a usable "
+        f"get_input_embeddings() ({why_not}), and it has {len(lookups)} nn.Embedding modules; define "
+        "get_input_embeddings(), or pass a submodule with exactly one nn.Embedding"
     )
 
 
@@ -95,7 +96,7 @@ def input_embeddings(part: nn.Module) -> tuple[nn.Module | None, str]:
     return found, ""
 
 
-def _part(model: nn.Module, kind: str) -> nn.Module:
+def _side(model: nn.Module, kind: str) -> nn.Module:
     """The "encoder" or the "decoder" of `model`."""
     getter: Callable[[], nn.Module] | None = getattr(model, f"get_{kind}", None)
     return getattr(model, kind, model) if getter is None else getter()

@@ -1,4 +1,4 @@
-"""The noise of one embedding: whether it is on, how much there is, which it is, and what is reported.
+"""The noise of one embedding: on or off, its magnitude, its seed and stream, and the record for ``describe``.
 
 Every batch takes the same way, :meth:`EmbeddingNoise.add`, in four steps: the magnitude of the noise, its seed and stream, the
 op, and the record that ``describe`` reads.
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from neft_kernels.models.batch import EMPTY_BATCH
 from neft_kernels.models.checkpointing import OFF, FirstPasses
-from neft_kernels.models.layout import rearranged
 from neft_kernels.models.passes import in_backward
+from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
 from neft_kernels.models.state import ModelNoise
 from neft_kernels.ops.backends import choose_backend, logger
-from neft_kernels.ops.checks import check_not_nested
 from neft_kernels.ops.magnitude import noise_magnitude
 
 if TYPE_CHECKING:
@@ -37,42 +36,43 @@ HOOK_NAME = "neftune_post_forward_hook"
 class EmbeddingNoise:
     """The noise of one embedding."""
 
-    def __init__(self, model: ModelNoise, name: str = "embedding", standing_note: str = "") -> None:
-        self.model, self.name = model, name
-        #: What the noise of the model leaves out, whatever the batch.
+    def __init__(self, shared: ModelNoise, name: str = "embedding", standing_note: str = "") -> None:
+        #: What the noisy embeddings of a model share.
+        self.shared, self.name = shared, name
+        #: A note that holds for every batch, such as "the decoder's tokens get no noise".
         self.standing_note = standing_note
-        #: Of the last batch with noise: its magnitude, and why it is not what was asked for.
+        #: The magnitude of the last noisy batch, and a note if it deviates from the options.
         self.last_magnitude: float | Tensor | None = None
         self.note = ""
-        self.last_device: str | None = None  # type of it
-        #: Whether the last forward pass with noise was fused. FSDP shards a table between passes only. None: there was none.
+        self.last_device: str | None = None  # its device type, such as "cuda"
+        #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
         self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_magnitude": None}
+        return {**self.__dict__, "last_magnitude": None, "note": "", "last_device": None, "was_fused": None}
 
     # --- on or off ---
 
     def state(self, module: nn.Module) -> str:
         """ "on", or why `module` has no noise at this moment."""
-        model = self.model
+        shared = self.shared
         if not module.training:
             return "off: evaluation mode"
-        if not torch.is_grad_enabled() and not model.options.under_no_grad:
+        if not torch.is_grad_enabled() and not shared.options.under_no_grad:
             return "off: gradients are disabled"
-        if not model.enabled:
+        if not shared.enabled:
             return "off: inside no_noise"
-        if model.passes.batch.generating:
+        if shared.passes.batch.generating:
             return "off: a cache is passed, so the model is generating"
         if _other_noise_is_on(module):
             return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
-        return "off: alpha is 0" if model.alpha.is_always_zero() else "on"
+        return "off: alpha is 0" if shared.alpha.is_always_zero() else "on"
 
     def is_on(self, module: nn.Module, ids: Tensor) -> bool:
         """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had."""
-        self.model.coverage.reach()
+        self.shared.coverage.reach()
         self.warn_of_other_noise(module)
         is_on = self.state(module) == "on"
         if torch.compiler.is_compiling():
@@ -80,8 +80,8 @@ class EmbeddingNoise:
         if in_backward() and (first := self.first_passes.recall(ids)) is not None:
             if first is OFF and is_on:
                 self._warn(
-                    "a pass that backward runs again has no noise, because it had none the first time, when gradients were "
-                    "disabled; under_no_grad=True gives noise to both"
+                    "activation checkpointing recomputed a pass that had no noise, because gradients were disabled in it; set "
+                    "under_no_grad=True, or checkpoint with use_reentrant=False"
                 )
             return first is not OFF
         if module.training and not is_on:
@@ -103,94 +103,85 @@ class EmbeddingNoise:
 
     # --- one batch ---
 
-    def add_if_on(
-        self,
-        module: nn.Module,
-        op: Callable[..., Tensor],
-        plain: Callable[[], Tensor],
-        ids: Tensor,
-        embedding_dim: int,
-        part: "Part | None",
-        sequences: dict[str, Tensor | None],
-    ) -> Tensor:
-        """:meth:`add`, or the result of `plain` if this pass of `module` has no noise."""
-        return self.add(op, ids, embedding_dim, part, (), sequences) if self.is_on(module, ids) else plain()
-
     def add(
         self,
         op: Callable[..., Tensor],
         ids: Tensor,
         embedding_dim: int,
-        part: "Part | None" = None,
-        groups: "Sequence[ProcessGroup]" = (),
-        sequences: dict[str, Tensor | None] | None = None,
+        part: "Part | None",
+        groups: "Sequence[ProcessGroup]",
+        arguments: dict[str, Tensor | None],
     ) -> Tensor:
-        """The result of `op` with the noise of one batch.
+        """The result of `op` with the noise of one batch. Call it only if :meth:`is_on`.
 
         Args:
             op: is called with the keyword arguments ``magnitude``, ``seed``, ``stream`` and ``backend``.
             ids: ``[..., l]``, the token ids. Their values count only where a model rearranges them.
             embedding_dim: the width of the embedding.
-            part: the part that `ids` are of their sequences. None: they are the whole.
+            part: the part that `ids` are of whole rows. None: they are whole rows.
             groups: the process groups over which the table is sharded.
-            sequences: arguments of :func:`neft_kernels.noise_magnitude`. Without any, those of the model's forward pass.
+            arguments: those of :func:`neft_kernels.noise_magnitude` about the sequences. Without any, those of the model's
+                forward pass are used.
         """
-        check_not_nested(ids)
-        options = self.model.options
+        if ids.is_nested:
+            raise TypeError(
+                "input_ids is a nested tensor, which has no noise yet; pad it, or pack it and pass cu_seq_lens"
+            )
+        options = self.shared.options
         if options.sequence_group is not None:
             groups = [*groups, *groups_of(options.sequence_group)]
+        first = self.first_passes.recall(ids) if in_backward() else None
         # 1. How strong the noise of each token is.
-        magnitude, note = self._magnitude(ids, embedding_dim, part, sequences)
-        # 2. Which noise: the ranks of a replica share it.
+        magnitude, note = (
+            self._magnitude(ids, embedding_dim, part, arguments) if first is None else (first[0], self.note)
+        )
+        # 2. Which noise: the ranks of a replica share it. A recomputed pass draws too, so that what follows draws the same.
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
+        seed = seed if first is None else first[1]
         # 3. The look-up and the noise.
         out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
         if not torch.compiler.is_compiling():
-            self._record(ids, magnitude, note)
+            self._record(ids, magnitude, seed, note)
         return out
 
     def _magnitude(
-        self, ids: Tensor, embedding_dim: int, part: "Part | None", sequences: dict[str, Tensor | None] | None
+        self, ids: Tensor, embedding_dim: int, part: "Part | None", arguments: dict[str, Any]
     ) -> tuple[float | Tensor, str]:
-        """The magnitude of each token of `ids`, and a note if it is not what was asked for."""
-        options = self.model.options
-        if in_backward() and (first := self.first_passes.recall(ids)) is not None:
-            return first, self.note
-        tokens, note = ids, ""
-        told: dict[str, Any] = sequences or {}
-        if not told:
-            row_length = None if part is None else part.length
-            batch = self.model.passes.batch
-            tokens, told, note = batch.about(ids, row_length, options)
-            if batch is EMPTY_BATCH and self.model.is_shared and options.scale_by == "sequence":
+        """The magnitude of each token of `ids`, and a note if it deviates from the options."""
+        options = self.shared.options
+        given, note = ids, ""
+        if not arguments:
+            batch = self.shared.passes.batch
+            given, arguments, note = batch.about(ids, None if part is None else part.length, options)
+            if batch is EMPTY_BATCH and self.shared.is_shared and options.scale_by == "sequence":
                 note = (
-                    "looked up outside of the model's forward, whose masks and positions are not known here: give them to the "
-                    "embedding, as in model.get_input_embeddings()(input_ids, attention_mask=attention_mask)"
+                    "the embedding was called outside of the model's forward, so the padded length is used; pass the mask, as "
+                    "in model.get_input_embeddings()(input_ids, attention_mask=attention_mask)"
                 )
         if part is not None:
-            tokens, told = part.whole_rows(tokens, told, options)
+            given, arguments = part.whole_rows(given, arguments, options)
         compute = functools.partial(
             noise_magnitude,
             embedding_dim=embedding_dim,
-            alpha=self.model.alpha_on(ids.device),
+            alpha=self.shared.alpha_on(ids.device),
             scale_by=options.scale_by,
             noise_on=options.noise_on,
             backend=options.backend,
         )
-        magnitude = compute(tokens, **told)
+        magnitude = compute(given, **arguments)
         if part is not None:
             return part.of(magnitude), note
-        if tokens is not ids:
-            magnitude = rearranged(magnitude, tokens, ids, compute(ids) if options.noise_on == "all" else 0.0)
+        if given is not ids:
+            magnitude = rearrange(magnitude, given, ids, compute(ids) if options.noise_on == "all" else 0.0)
         return magnitude, note
 
-    def _record(self, ids: Tensor, magnitude: float | Tensor, note: str) -> None:
+    def _record(self, ids: Tensor, magnitude: float | Tensor, seed: Tensor, note: str) -> None:
         """Keeps what ``describe`` reports, and what a recomputation of this pass needs. Logs the first batch."""
         if not _is_real(magnitude):
             return
         if not in_backward():
-            self.first_passes.remember(ids, magnitude)
+            self.first_passes.remember(ids, (magnitude, seed))
         is_first = self.last_magnitude is None
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
         if is_first and logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
@@ -198,9 +189,9 @@ class EmbeddingNoise:
             logger.info(
                 "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s",
                 self.name,
-                self.model.alpha.now(),
-                self.model.options.scale_by,
-                choose_backend(ids.device.type, self.model.options.backend),
+                self.shared.alpha.now(),
+                self.shared.options.scale_by,
+                choose_backend(ids.device.type, self.shared.options.backend),
                 low,
                 high,
                 f" ({note})" if note else "",
@@ -216,7 +207,10 @@ class EmbeddingNoise:
 
 
 def _other_noise_is_on(module: nn.Module) -> bool:
-    """Whether the hook of transformers is on `module`. Some trainers set its attribute without it; that means nothing."""
+    """Whether the hook of transformers is on `module`.
+
+    The attribute alone does not count, because some trainers set it without registering the hook.
+    """
     if HOOK_ATTRIBUTE not in module.__dict__:
         return False
     return any(getattr(hook, "__name__", "") == HOOK_NAME for hook in module._forward_hooks.values())

@@ -74,7 +74,7 @@ class AlphaSchedule:
             check_alpha(value)
 
     def set(self, value: float | Callable[[int], float], step: int | None = None) -> None:
-        """Changes alpha. `step` is the step that a schedule is at until the next call; None counts forward passes."""
+        """Changes alpha. `step` fixes the step of a schedule until the next call. If None, forward passes are counted."""
         at = self.step if step is None else step
         now = value(at) if callable(value) else value
         check_alpha(now)

@@ -75,7 +75,7 @@ class PassStack:
         if torch.compiler.is_compiling():
             return last
         own = self._of_thread.get(threading.get_ident())
-        # A module that a compiled graph calls outside of the graph runs inside of the graph's pass.
+        # After a graph break, a module runs eagerly within the pass that the graph opened.
         return last if own is None and last is not None and last.is_traced else own
 
     def _set(self, innermost: _Pass | None) -> None:
@@ -118,13 +118,13 @@ _ARGUMENTS = frozenset((*_FIELDS, *_CACHES))
 
 
 class BatchHook:
-    """Hooks on a module around an embedding: what the module is called with holds while its forward runs.
+    """Hooks on a module around an embedding. They keep the module's arguments available while its forward runs.
 
-    The innermost module that takes an argument decides on it. A decoder's ``attention_mask`` is its own, not the encoder's.
+    If nested modules take the same argument, the innermost one wins: a decoder has an ``attention_mask`` of its own.
     """
 
-    def __init__(self, noise: "ModelNoise", module: nn.Module) -> None:
-        self.noise = noise
+    def __init__(self, shared: "ModelNoise", module: nn.Module) -> None:
+        self.shared = shared
         self.parameters = parameters_of_forward(module)
         self.positional = parameters_of_forward(module, positional=True)
         self.warned: set[str] = set()
@@ -133,7 +133,7 @@ class BatchHook:
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
-        self.noise.around.add(module)
+        self.shared.around.add(module)
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after, always_call=True)
 
@@ -141,7 +141,7 @@ class BatchHook:
         # A module's hooks are copied before its submodules, so the embeddings below find the copy in `memo`.
         if id(self) not in memo:
             twin = memo[id(self)] = copy.copy(self)
-            twin.noise = self.noise.own_copy(memo)
+            twin.shared = self.shared.own_copy(memo)
         return memo[id(self)]
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -152,8 +152,8 @@ class BatchHook:
             given |= mappings[0]
         has_cache = any(self._is_cache(name, value) for name, value in given.items())
         given = {name: _readable(value) for name, value in given.items()}
-        passes = self.noise.passes
-        passes.pop(self)  # a pass that an interrupt cut off: hooks do not run after an interrupt
+        passes = self.shared.passes
+        passes.pop(self)  # a pass that an interrupt left behind, because hooks do not run after an interrupt
         outside = passes.batch
 
         is_decoder = "decoder_input_ids" in given and "input_ids" not in given
@@ -161,7 +161,7 @@ class BatchHook:
         known = {field: given[name] for name, field in fields.items() if name in given}
         input_ids = given.get("decoder_input_ids" if is_decoder else "input_ids")
         if is_decoder or given.get("encoder_hidden_states") is not None:
-            # A decoder has ids of its own. What is known of the batch outside is not about them, except for the labels.
+            # A decoder has its own ids: clear the outer mask and positions, keep the labels.
             known = dict.fromkeys(("attention_mask", "position_ids", "cu_seq_lens")) | known | {"is_decoder": True}
         if "attention_mask" in known:  # and so the ids that it is about
             known["input_ids"] = input_ids
@@ -176,40 +176,45 @@ class BatchHook:
         batch = replace(batch, generating=outside.generating or generates)
         passes.push(self, batch)
 
-        if outside is not EMPTY_BATCH or torch.compiler.is_compiling():  # a graph would be tied to one count of passes
+        if (
+            outside is not EMPTY_BATCH or torch.compiler.is_compiling()
+        ):  # a graph would depend on the count, and recompile
             return
         in_training = module.training and torch.is_grad_enabled() and not in_backward()
         if in_training:
-            self.noise.alpha.count_pass()
+            self.shared.alpha.count_pass()
             if batch.generating:
-                self._warn("a cache was passed to the model in training: taken for generation, which gets no noise")
+                self._warn(
+                    "a cache was passed to the model in training, without labels: the pass counts as generation, "
+                    "which gets no noise; pass labels, or no cache"
+                )
             self._check_wrapper(module)
         has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
         must_reach = in_training and input_ids is not None and input_ids.ndim > 0 and not has_embeds
-        self.noise.coverage.begin(must_reach)
+        self.shared.coverage.begin(must_reach)
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Pops the batch."""
-        self.noise.passes.pop(self)
-        if torch.compiler.is_compiling() or self.noise.passes.batch is not EMPTY_BATCH:
+        self.shared.passes.pop(self)
+        if torch.compiler.is_compiling() or self.shared.passes.batch is not EMPTY_BATCH:
             return
-        if self.noise.coverage.end() and output is not None:  # None: the forward failed
+        if self.shared.coverage.end() and output is not None:  # None: the forward failed
             self._warn(
-                "the model's pass in training reached no noisy embedding, so there is no noise: something put on since, as an "
-                "adapter is, looks tokens up past it; call replace_embeddings() again"
+                "the model's pass in training reached no noisy embedding, so it has no noise; a module that was added "
+                "after replace_embeddings(), such as an adapter, probably looks the tokens up itself; call "
+                "replace_embeddings() again"
             )
 
     def _check_wrapper(self, module: nn.Module) -> None:
         wrapper, _ = input_embeddings(module)
-        self.noise.warning = ""
+        self.shared.warning = ""
         if getattr(wrapper, "lora_magnitude_vector", None):  # DoRA, which scales the output of the table that it wraps
             hooks = wrapper._forward_hooks.values()  # type: ignore[union-attr]
             if not any(hasattr(getattr(hook, "__self__", None), "noise") for hook in hooks):
-                self.noise.warning = (
-                    "an adapter that was put on later (DoRA) scales the noise with the embedding; "
-                    "call replace_embeddings() again"
+                self.shared.warning = (
+                    "DoRA was added after replace_embeddings() and scales the noise too; call it again"
                 )
-                self._warn(self.noise.warning)
+                self._warn(self.shared.warning)
 
     def _is_cache(self, name: str, value: Any) -> bool:
         """Whether an argument holds a cache: by its class, or by its name unless it is a switch, as ``cache=True``."""
@@ -236,10 +241,10 @@ def modules_around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Mod
 
 
 def _readable(value: Any) -> Any:
-    """An argument as a batch has it. Of masks by kind of attention, as transformers makes them, the one of the fewest axes."""
+    """The value that the batch stores. Of a dictionary of masks, by kind of attention, the one of fewest dimensions."""
     if isinstance(value, dict):
         value = min((each for each in value.values() if isinstance(each, Tensor)), key=Tensor.dim, default=value)
-    # A graph would depend on an object that is no tensor.
+    # Drops what is no tensor while compiling, because it would become a guard of the graph.
     return None if torch.compiler.is_compiling() and not isinstance(value, Tensor) else value
 
 

@@ -104,7 +104,7 @@ def replace_embeddings(
 
 
 def _check_unshared(model: nn.Module, noise: list[ModelNoise]) -> None:
-    """No embedding of `model` is noisy as a part of another model, whose batches its noise is scaled by."""
+    """Raises ValueError if an embedding of `model` already belongs to another noisy model."""
     inside = set(model.modules())
     for around in (around for each in noise for around in each.around):
         if around not in inside and model not in around.modules():
@@ -122,9 +122,9 @@ def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
         module.noise = noise
     else:
         NoiseHook(noise).attach(module)
-        for part in module.modules():
-            if isinstance(part, NEFTuneEmbedding):  # built by the user; the hook around it adds the noise now
-                part.noise = None
+        for submodule in module.modules():
+            if isinstance(submodule, NEFTuneEmbedding):  # built by the user; the hook around it adds the noise now
+                submodule.noise = None
     noise.warn_of_other_noise(module)
 
 
@@ -150,7 +150,7 @@ def _take_out(module: nn.Module) -> None:
         for key, hook in list(hooks.items()):
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, BatchHook):
-                owner.noise.around.discard(module)
+                owner.shared.around.discard(module)
             if isinstance(owner, (NoiseHook, BatchHook)):
                 for registry in (
                     hooks,
@@ -175,7 +175,7 @@ def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, EmbeddingN
 
 def _noise_of(model: nn.Module) -> list[ModelNoise]:
     """The noise of all noisy embeddings of `model`, each once."""
-    return list({id(noise.model): noise.model for _, _, noise in noisy_modules(model)}.values())
+    return list({id(noise.shared): noise.shared for _, _, noise in noisy_modules(model)}.values())
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ def no_noise(model: nn.Module) -> Iterator[None]:
             each.pause(-1)
 
 
-#: Models that are inside of no_noise(), so often: replace_embeddings() may be called there.
+#: The number of active no_noise() contexts of each model. replace_embeddings() reads it, because it may be called inside one.
 _paused: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.ops.autograd import draw_seed
+from neft_kernels.ops.autograd import add_noise, draw_seed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,16 +40,13 @@ def check_group(name: str, group: Any) -> None:
         raise TypeError(f"{name} must be a ProcessGroup or a DeviceMesh of one dimension, not {group!r}")
 
 
-def seed_and_stream(
-    stream: int | None, groups: "Sequence[ProcessGroup]", device: torch.device
-) -> tuple[Tensor | None, int]:
-    """The seed and the stream of this process, which the ranks of its replica share. A seed of None is drawn by the op.
+def seed_and_stream(stream: int | None, groups: "Sequence[ProcessGroup]", device: torch.device) -> tuple[Tensor, int]:
+    """The seed and the stream of this process, which the ranks of its replica share.
 
     Args:
-        stream: the stream that the user chose, or None for that of the replica: the lowest rank in it.
-        groups: the groups of which the replica consists. Each rank is in one group of each dimension of a regular mesh, so
-        what
-            is left of a rank after its place in each group is the same for the whole replica.
+        stream: the stream that the user chose. None: the lowest rank of the replica.
+        groups: the process groups of the replica, one for each mesh dimension. Subtracting a rank's offset within each group
+            gives the same number, the lowest rank, on the whole replica.
         device: where the seed is drawn.
     """
     if stream is None:
@@ -58,8 +55,6 @@ def seed_and_stream(
         stream -= sum(
             torch.distributed.get_rank() - min(torch.distributed.get_process_group_ranks(group)) for group in distinct
         )
-    if not groups:
-        return None, stream
     seed = draw_seed(device)
     for group in groups:  # the seed of the first rank, because the others may have drawn other random numbers before
         seed = _collective("broadcast", seed, 0, group.group_name)
@@ -101,7 +96,10 @@ def tensor_parallel_groups(module: nn.Module) -> "list[ProcessGroup]":
 
 
 def add_to_whole(embeds: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
-    """`add` on the whole of a DTensor, which every rank then holds. Sums come first, or each rank would add its noise."""
+    """Gathers the DTensor on every rank and applies `add`.
+
+    Partial sums are reduced first; otherwise each rank would add the noise.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = embeds.device_mesh  # type: ignore[attr-defined]
@@ -139,6 +137,16 @@ class Part:
         if not isinstance(whole, Tensor) or whole.ndim == 0:
             return whole
         return torch.cat([whole[..., :0], *(whole[..., begin:end] for begin, end in self.pieces)], -1)
+
+    def slice(self, begin: int, end: int) -> "Part":
+        """The part that this part's own tokens from `begin` to `end` are."""
+        held, pieces = 0, []
+        for start, stop in self.pieces:
+            first, last = max(start, start + begin - held), min(stop, start + end - held)
+            if first < last:
+                pieces.append((first, last))
+            held += stop - start
+        return Part(self.length, tuple(pieces))
 
     def whole_rows(
         self, ids: Tensor, sequences: dict[str, Any], options: "NoiseOptions"
@@ -178,19 +186,16 @@ def part_of_rank(ids: Tensor, options: "NoiseOptions") -> Part | None:
 
 
 def part_of_output(part: Part | None, length: int, own_length: int, group: "ProcessGroup") -> Part:
-    """The part that the output of a table is whose ranks each return `own_length` of the `length` tokens that they looked up.
+    """The tokens that this rank holds of the output of a table that is sharded along the sequence.
+
+    Each rank looks up `length` tokens and returns `own_length` of them.
 
     Args:
         part: the part that the ids are of their rows. None: they are whole rows.
     """
+    whole = Part(length, ((0, length),)) if part is None else part
     begin = torch.distributed.get_rank(group) * own_length
-    held, pieces = 0, []
-    for start, stop in ((0, length),) if part is None else part.pieces:
-        first, last = max(start, start + begin - held), min(stop, start + begin + own_length - held)
-        if first < last:
-            pieces.append((first, last))
-        held += stop - start
-    return Part(length if part is None else part.length, tuple(pieces))
+    return whole.slice(begin, begin + own_length)
 
 
 def gathered(values: Tensor, group: "Group", layout: str) -> Tensor:
@@ -205,8 +210,8 @@ def gathered(values: Tensor, group: "Group", layout: str) -> Tensor:
     return torch.cat([pieces[..., 0, :], pieces[..., 1, :].flip(-2)], -2).flatten(-2)
 
 
-def in_parts(add_noise: Callable[..., Tensor], part: Part, embeds: Tensor, **noise: Any) -> Tensor:
-    """`add_noise` on `embeds` ``[..., l, D]``, with the numbers that the tokens have in the whole batch.
+def in_parts(part: Part, embeds: Tensor, **noise: Any) -> Tensor:
+    """:func:`add_noise` on `embeds` ``[..., l, D]``, with the numbers that the tokens have in the whole batch.
 
     Tokens are numbered row by row, so each piece of each row is a call of its own, with the number of its first token.
     """

@@ -55,7 +55,7 @@ class ModelNoise:
         self.around: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def pause(self, times: int) -> None:
-        """The noise is off while it was paused more often than resumed, which is to be paused -1 times."""
+        """Adds `times`, 1 or -1, to the number of no_noise() contexts that are active. The noise is on only at 0."""
         self.paused = max(0, self.paused + times)
         self.enabled = self.paused == 0
 
@@ -68,8 +68,8 @@ class ModelNoise:
         alpha = self.alpha
         is_compiling = torch.compiler.is_compiling()
         if alpha.counts_steps and (is_compiling or self.passes.in_compiled_model):
-            # While the model is traced, this only makes the compiler leave the embedding out of the graph. The embedding
-            # then runs by itself, and the error is raised if the whole model is compiled.
+            # Raised while tracing, this error causes a graph break, and the embedding runs eagerly. It then reaches the user
+            # if the whole model is compiled.
             raise RuntimeError(
                 "a compiled model does not count the steps of a schedule: use NEFTuneCallback, or set_alpha(..., step=...)"
             )
@@ -80,7 +80,7 @@ class ModelNoise:
             )
         if is_compiling and alpha.tensor is not None:
             return alpha.tensor.to(device)
-        return alpha.now() if callable(alpha.value) else alpha.value
+        return alpha.now()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelNoise":
         """An embedding that is copied alone, as PEFT does with those it trains, keeps the noise of its model.

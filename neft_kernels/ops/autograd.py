@@ -92,7 +92,7 @@ def _is_transformed(grad: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-# The formulas of the ops themselves, for graphs that are traced and hold the ops alone, as exported ones do.
+# Registers autograd for the ops themselves. Traced and exported graphs contain the ops without the functions above.
 def _register(op: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         function.setup_context(ctx, (op, *inputs), output)
@@ -109,7 +109,7 @@ for _name, _function in (("noisy_embedding", NoisyEmbedding), ("add_noise", AddN
 
 
 def _without_gradient(op: Callable[..., Tensor], args: tuple) -> Tensor:
-    """The op past its own formula, which the dispatcher would look for at each call."""
+    """Calls the op below autograd, which saves the dispatcher's look-up of its formula."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -117,7 +117,7 @@ def _without_gradient(op: Callable[..., Tensor], args: tuple) -> Tensor:
 
 
 def _call(function: type[torch.autograd.Function], values: Tensor, op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``op(*args)``, whose gradient with respect to `values`, the weight or the embeddings, is that of `function`."""
+    """Calls ``op(*args)``. The gradient of `values`, the weight or the embeddings, comes from `function`."""
     if torch.compiler.is_compiling():
         if torch._C._functorch.maybe_current_level() is not None:
             raise RuntimeError("torch.compile around a torch.func transform of a noisy embedding is not supported")

@@ -170,7 +170,7 @@ def _choose(device_type: str, asked_for: str | None) -> str:
 
 
 def forget_choices() -> None:
-    """Chooses anew from here on, for whoever has changed what can run."""
+    """Clears the cached choices. Call it after a change of what can run."""
     _chosen.clear()
     automatic_backend.cache_clear()
 

@@ -31,7 +31,8 @@ def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
     """Returns `input_ids` as int32 or int64."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be a tensor, not {type(input_ids).__name__}")
-    check_not_nested(input_ids)
+    if input_ids.is_nested:
+        raise TypeError("input_ids is a nested tensor, which has no noise yet; pad it, or pack it and pass cu_seq_lens")
     if input_ids.device != device:
         raise ValueError(f"input_ids is on {input_ids.device}, but weight is on {device}; move one of them")
     if input_ids.dtype in _ID_DTYPES:
@@ -39,12 +40,6 @@ def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
     if input_ids.dtype not in _OTHER_ID_DTYPES:
         raise TypeError(f"input_ids must have an integer dtype, not {input_ids.dtype}")
     return input_ids.to(torch.int64)
-
-
-def check_not_nested(input_ids: Tensor) -> None:
-    """`input_ids` is an ordinary tensor."""
-    if input_ids.is_nested:
-        raise TypeError("input_ids is a nested tensor, which has no noise yet; pad it, or pack it and pass cu_seq_lens")
 
 
 def check_values(values: Tensor, name: str, ndim: int | None) -> None:
@@ -99,7 +94,10 @@ def check_seed(seed: int | Tensor, device: torch.device) -> Tensor:
 
 
 def check_counters(stream: int, first_token: int) -> None:
-    """`stream` and `first_token` fit into the generator's counter."""
+    """`stream` and `first_token` are integers that fit into the generator's counter."""
+    for name, value in (("stream", stream), ("first_token", first_token)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"stream must be in [0, 2**32), not {stream}")
     if not 0 <= first_token < 1 << 63:

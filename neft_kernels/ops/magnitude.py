@@ -10,7 +10,7 @@ from .backends import automatic_backend
 from .checks import broadcasts, check_alpha, check_choice
 from .registration import OVERLOADS
 
-__all__ = ["NOISE_ON", "SCALES", "magnitude_of_length", "noise_magnitude"]
+__all__ = ["NOISE_ON", "SCALES", "noise_magnitude"]
 
 SCALES = ("sequence", "batch")
 NOISE_ON = ("all", "prompt", "completion")
@@ -74,7 +74,7 @@ def noise_magnitude(
     if embedding_dim < 1:
         raise ValueError(f"embedding_dim must be at least 1, not {embedding_dim}")
     if scale_by == "batch" or (attention_mask is None and position_ids is None and cu_seq_lens is None):
-        magnitude = magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
+        magnitude = _magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
         _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
         is_packed = attention_mask is not None and position_ids is not None and cu_seq_lens is None
@@ -87,8 +87,8 @@ def noise_magnitude(
             )
         else:
             magnitude = kernel(
-                _as_kernels_take_it(attention_mask, input_ids.shape),
-                _as_kernels_take_it(position_ids, input_ids.shape),
+                _as_contiguous_int64(attention_mask, input_ids.shape),
+                _as_contiguous_int64(position_ids, input_ids.shape),
                 alpha,
                 embedding_dim,
             )
@@ -175,7 +175,9 @@ def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Ten
     return attention_mask * ~(in_run & ~after_padding.any(-1, keepdim=True))
 
 
-def magnitude_of_length(alpha: float | Tensor, length: int, embedding_dim: int, device: torch.device) -> float | Tensor:
+def _magnitude_of_length(
+    alpha: float | Tensor, length: int, embedding_dim: int, device: torch.device
+) -> float | Tensor:
     """``alpha / sqrt(length * embedding_dim)`` for all tokens; nothing is checked."""
     if not isinstance(alpha, Tensor) and not torch.compiler.is_compiling():
         return alpha / math.sqrt(length * embedding_dim)
@@ -220,7 +222,7 @@ def _kernel(
     cu_seq_lens: Tensor | None,
     backend: str | None,
 ) -> Callable[..., Tensor] | None:
-    """The op that computes the magnitudes at once; None where plain torch has to, which a compiler fuses by itself."""
+    """The op that computes the magnitudes in one kernel. None: there is no kernel, or a compiler fuses the plain code."""
     if isinstance(alpha, Tensor) or cu_seq_lens is not None or torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -231,12 +233,12 @@ def _kernel(
 
 
 def magnitude_kernel(device_type: str, backend: str | None) -> Callable[..., Tensor] | None:
-    """The op ``token_magnitude`` of `backend` or of the best one, where that has one and runs here."""
+    """The op ``token_magnitude`` of `backend`, or of the best backend. None if it has none or cannot run here."""
     name = automatic_backend(device_type, backend)
     return None if name is None else OVERLOADS["token_magnitude"].get(name)
 
 
-def _as_kernels_take_it(values: Tensor | None, shape: torch.Size) -> Tensor | None:
+def _as_contiguous_int64(values: Tensor | None, shape: torch.Size) -> Tensor | None:
     if values is None or (values.dtype == torch.int64 and values.shape == shape and values.is_contiguous()):
         return values
     return values.to(torch.int64).expand(shape).contiguous()

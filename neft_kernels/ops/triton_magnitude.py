@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_noise import MAX_GRID_Y, launch
+from .triton_noise import MAX_GRID_Y, launch_kernel
 
 __all__ = ["token_magnitude"]
 
@@ -52,7 +52,7 @@ def _load_numbers(mask, token, length):
 
 @triton.jit
 def _tokens_before(positions, mask, begin, STEP: tl.constexpr):
-    """Tokens before `begin`, which begins no sequence, that are of its sequence."""
+    """The number of tokens before `begin` in the same sequence. Token `begin` must not start a sequence."""
     tokens = 0
     searching = True
     end = begin
@@ -68,8 +68,8 @@ def _tokens_before(positions, mask, begin, STEP: tl.constexpr):
 
 @triton.jit
 def _tokens_after(positions, mask, end, length, STEP: tl.constexpr):
-    """Tokens from `end` on that are of the sequence of the token before it; and whether, from there on, any token is of the
-    sequence of the token before it."""
+    """How many tokens from `end` on continue the sequence of token `end - 1`; and whether any of them continues the sequence
+    of the token before it."""
     tokens = 0
     is_open = True
     is_followed = False
@@ -102,7 +102,7 @@ def _larger(a, b):
 
 @triton.jit
 def _by_position(positions, mask, begin, length, TILE: tl.constexpr, STEP: tl.constexpr):
-    """Of each token of a tile the tokens of its sequence, and whether it gets noise."""
+    """For each token of a tile the length of its sequence, and whether it gets noise."""
     token = begin + tl.arange(0, TILE)
     inside = token < length
     begins = _load_begins(positions, token, inside, mask is not None)
@@ -217,5 +217,5 @@ def token_magnitude(
     tiles = -(-length // tile)
     grid = (given.numel() // length, min(tiles, MAX_GRID_Y), -(-tiles // MAX_GRID_Y))
     tensors, numbers = (out, attention_mask, position_ids), (*halves, embedding_dim, length)
-    launch(token_magnitude_kernel, grid, tensors, numbers, tile, step)
+    launch_kernel(token_magnitude_kernel, grid, tensors, numbers, tile, step)
     return out

@@ -24,7 +24,7 @@ __all__ = ["add_noise", "noisy_embedding"]
 # Of a program: four vectors for each thread. benchmarks/tune_gpu.py tries others.
 TILE_VECTORS = 512
 NUM_WARPS = 4
-# Of a thread. With no bound ptxas saves registers: it loads three of the four vectors only once the first one is done.
+# Registers of a thread. Without a limit ptxas uses fewer, and delays three of the four loads until the first vector is done.
 MAX_REGISTERS = 80
 MAX_GRID_Y = 65535
 
@@ -102,7 +102,7 @@ def _round_to(value, dtype: tl.constexpr):
     return rounded
 
 
-# Nothing is specialized on the values of numbers: what the code may depend on is in the constants.
+# The kernel is not specialized on the values of numbers. Whatever changes the code is a constant.
 @triton.jit(do_not_specialize=range(5, 13))
 def noisy_rows_kernel(
     out,  # [T, D], contiguous
@@ -182,7 +182,7 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
 _compiled: dict[tuple, Any] = {}
 
 
-def launch(
+def launch_kernel(
     kernel: Any,
     grid: tuple[int, ...],
     tensors: tuple,
@@ -267,7 +267,7 @@ def _noisy_rows(
     )
     launch_grid = (-(-num_tokens // rows_of_tile), *grid)
     constants = (unit, column_stride == 1, rows_of_tile, vectors)
-    launch(
+    launch_kernel(
         noisy_rows_kernel, launch_grid, tensors, numbers, *constants, max_registers=MAX_REGISTERS if unit > 1 else None
     )
     return out

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -64,6 +65,40 @@ def tables_of_torch():
         assert torch.equal(model.embed.weight.grad.full_tensor(), want_gradient), case
         (report,) = describe(model)
         assert (report.state, report.strategy) == ("on", "add_noise")
+
+
+class Region(Lookup):
+    """Looks up inside of a region that backward runs again, and whose gradient depends on the noise."""
+
+    def __init__(self, is_checkpointed):
+        super().__init__()
+        self.is_checkpointed = is_checkpointed
+
+    def forward(self, input_ids, attention_mask=None):
+        def region(ids):
+            embeds = self.embed(ids)
+            return (embeds.full_tensor() if isinstance(embeds, DTensor) else embeds).square()
+
+        return checkpoint(region, input_ids, use_reentrant=False) if self.is_checkpointed else region(input_ids)
+
+
+def checkpointed_regions():
+    for cls, local, replace_first in itertools.product(
+        (RowwiseParallel, ColwiseParallel), (True, False), (True, False)
+    ):
+        gradients = []
+        for is_checkpointed in (False, True):
+            model = Region(is_checkpointed)
+            if replace_first:
+                replace_embeddings(model)
+            parallelized(model, cls(input_layouts=Replicate(), output_layouts=Replicate(), use_local_output=local))
+            if not replace_first:
+                replace_embeddings(model)
+            torch.manual_seed(SEED)
+            model(**BATCH).sum().backward()
+            gradients.append(model.embed.weight.grad.full_tensor())
+        assert gradients[0].any()
+        assert torch.equal(*gradients), (cls, local, replace_first)
 
 
 def tables_of_transformers():
@@ -200,6 +235,7 @@ def replicas_draw_the_stream_of_their_rank():
 
 CHECKS = [
     tables_of_torch,
+    checkpointed_regions,
     tables_of_transformers,
     replicas_of_tensor_parallel_ranks,
     tensor_parallel_and_sequence_parallel,

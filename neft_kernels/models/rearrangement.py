@@ -4,21 +4,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["is_rearranged", "rearranged"]
+__all__ = ["is_rearranged", "rearrange"]
 
 
-def is_rearranged(given: Tensor | None, ids: Tensor) -> bool:
-    """Whether the shapes allow that `ids`, which a model looks up, are those it was `given`, ``[B, L]``, rearranged.
+def is_rearranged(given: Tensor, ids: Tensor) -> bool:
+    """Whether `ids`, judged by shape, may be a transposed or lengthened copy of `given`, ``[B, L]``.
 
     XLNet transposes them to ``[L, B]``. Longformer pads them at the end and CPMAnt puts a prompt before them, ``[B, L + n]``.
     """
-    if given is None or given is ids or given.ndim != 2 or ids.ndim != 2 or given.device != ids.device:
+    if given is ids or given.ndim != 2 or ids.ndim != 2 or given.device != ids.device:
         return False
     rows, length = given.shape
     return ids.shape == (length, rows) or (ids.shape[0] == rows and ids.shape[1] > length)
 
 
-def rearranged(magnitude: float | Tensor, given: Tensor, ids: Tensor, otherwise: float | Tensor) -> float | Tensor:
+def rearrange(magnitude: float | Tensor, given: Tensor, ids: Tensor, otherwise: float | Tensor) -> float | Tensor:
     """The magnitudes of `ids` from those of the `given` ids, where :func:`is_rearranged` holds.
 
     How they were rearranged is decided by the values of the ids, on their device. Nothing is read back to the host. Tokens
@@ -28,7 +28,7 @@ def rearranged(magnitude: float | Tensor, given: Tensor, ids: Tensor, otherwise:
         magnitude: of `given`, ``[B, L]``, or a number for all of them.
         given: ``[B, L]``.
         ids: ``[L, B]`` or ``[B, L + n]``.
-        otherwise: the magnitude of all `ids` if none of the known ways leads from `given` to `ids`.
+        otherwise: the magnitudes if `ids` are no known rearrangement of `given`.
     """
     rows, length = given.shape
     added = ids.shape[1] - length
