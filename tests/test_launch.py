@@ -38,7 +38,7 @@ def noise():
         num_attention_heads=1)
     model = transformers.LlamaForCausalLM(config)
     transformers.trainer.activate_neftune(model, 5.0)
-    return [dataclasses.asdict(each.model.options) for _, _, each in noisy_modules(model)]
+    return [dataclasses.asdict(each.shared.options) for _, _, each in noisy_modules(model)]
 
 if __name__ == "__main__":
     print(json.dumps(noise()))
