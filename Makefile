@@ -50,7 +50,7 @@ test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs D
 test-versions:  ## other versions of torch and transformers, in environments in .versions/; 20 GB; goes on where it was
 	$(PYTHON) tools/test_versions.py $(VERSIONS)
 
-test-clients: $(INSTALLED)  ## frameworks that people use train with the noise, in environments in .clients/; 15 GB; goes on where it was
+test-clients: $(INSTALLED)  ## frameworks that people use train with the noise, in environments in .clients/; 6 GB; goes on where it was
 	$(BIN)/python -m tools.test_clients
 
 install: $(INSTALLED)  ## everything that the other targets need
