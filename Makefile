@@ -19,7 +19,7 @@ TRITON ?= triton==3.9.0
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions test-clients clean
 
 demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
 	$(BIN)/python examples/instruction_tuning/train.py
@@ -49,6 +49,9 @@ test-deepspeed: $(INSTALLED)  ## DeepSpeed's ZeRO-3 on two processes; installs D
 
 test-versions:  ## other versions of torch and transformers, in environments in .versions/; 20 GB; goes on where it was
 	$(PYTHON) tools/test_versions.py $(VERSIONS)
+
+test-clients: $(INSTALLED)  ## frameworks that people use train with the noise, in environments in .clients/; 6 GB; goes on where it was
+	$(BIN)/python -m tools.test_clients
 
 install: $(INSTALLED)  ## everything that the other targets need
 

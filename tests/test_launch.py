@@ -38,7 +38,7 @@ def noise():
         num_attention_heads=1)
     model = transformers.LlamaForCausalLM(config)
     transformers.trainer.activate_neftune(model, 5.0)
-    return [dataclasses.asdict(each.model.options) for _, _, each in noisy_modules(model)]
+    return [dataclasses.asdict(each.shared.options) for _, _, each in noisy_modules(model)]
 
 if __name__ == "__main__":
     print(json.dumps(noise()))
@@ -154,6 +154,28 @@ def test_a_python_with_transformers_and_without_this_package_says_so(below, bare
     done = run(bare / "bin/python", "-c", "import transformers.trainer", variables=variables, cwd=bare)
     assert (done.returncode, done.stdout) == (0, "loaded\n")
     assert f"{bare}/bin/python has no neft_kernels, so transformers uses its own noise there" in done.stderr
+
+
+#: Waits for transformers.trainer too, and asks every other finder.
+ANOTHER_FINDER = """
+import sys
+
+class Finder:
+    @classmethod
+    def find_spec(cls, name, *where):
+        if name == "transformers.trainer":
+            return next(filter(None, (each.find_spec(name, *where) for each in sys.meta_path if each is not cls)))
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_another_finder_for_the_trainer_is_no_endless_loop(below, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(ANOTHER_FINDER)
+    variables = below | {"PYTHONPATH": f"{below['PYTHONPATH']}:{tmp_path}"}
+    look = "from transformers.trainer import activate_neftune; print(activate_neftune.__module__)"
+    done = run(sys.executable, "-c", look, variables=variables)
+    assert done.stdout == "neft_kernels.integrations.trainer\n", done.stderr
 
 
 def test_what_goes_wrong_with_the_patch_is_an_error(below):

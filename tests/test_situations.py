@@ -343,6 +343,29 @@ def test_all_models_inside_of_a_plain_module_are_noisy():
     assert not describe(model)
 
 
+class PastHooks(nn.Module):
+    """Is given batches as mappings, and calls the forward of its model, as SentenceTransformer does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = llama()
+
+    def forward(self, *batches):
+        return [self.model.forward(**batch).logits for batch in batches]
+
+
+def test_a_batch_that_is_given_as_one_mapping_is_read():
+    model = replace_embeddings(PastHooks(), ALPHA)
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    model(batch)
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+    model(transformers.BatchEncoding(batch))
+    assert bounds(model) == pytest.approx((bound(6), bound(3)))
+    # Of several it is not known which one the look-up is for.
+    model(batch, {"input_ids": IDS.clone(), "attention_mask": torch.ones_like(MASK)})
+    assert bounds(model) == pytest.approx((bound(6),) * 2)
+
+
 def test_one_model_in_two_places_is_noisy_once():
     shared = llama()
     assert len(describe(replace_embeddings(BiEncoder(shared, shared), ALPHA))) == 1

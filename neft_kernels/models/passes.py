@@ -9,6 +9,7 @@ import copy
 import inspect
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +147,9 @@ class BatchHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Reads the arguments, and pushes the batch that they describe."""
         given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
+        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping) and "input_ids" in value]
+        if len(mappings) == 1:  # the batch, as sentence-transformers passes it on to its modules
+            given |= mappings[0]
         has_cache = any(self._is_cache(name, value) for name, value in given.items())
         given = {name: _readable(value) for name, value in given.items()}
         passes = self.shared.passes

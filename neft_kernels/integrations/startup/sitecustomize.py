@@ -13,14 +13,14 @@ TRAINER = "transformers.trainer"
 
 
 class TrainerFinder:
-    """Finds ``transformers.trainer`` as the other finders do, and has it patched once it is loaded."""
+    """Finds ``transformers.trainer`` as the finders behind it do, and has it patched once it is loaded."""
 
     @classmethod
     def find_spec(cls, name, *where):
         if name != TRAINER:
             return None
-        others = [finder for finder in sys.meta_path if finder is not cls and hasattr(finder, "find_spec")]
-        found = (finder.find_spec(name, *where) for finder in others)
+        others = sys.meta_path[sys.meta_path.index(cls) + 1 :]  # one before may have asked this one
+        found = (finder.find_spec(name, *where) for finder in others if hasattr(finder, "find_spec"))
         spec = next((each for each in found if each is not None), None)
         if spec is None or spec.loader is None:
             return spec
