@@ -108,8 +108,8 @@ def fsdp2_trains_as_one_process():
 
 
 def noise_needs_no_memory_of_its_own():
-    """Peak of all tensors alive in a step, by torch's own tracker. Of each of the last passes are kept the ids, the magnitude, one
-    number for a token, and the seed.
+    """Peak of all tensors alive in a step, by torch's own tracker. The ids, the magnitudes and the seeds of the last passes
+    are kept; a magnitude is one number for a token.
     """
     peaks = {}
     for noisy in (False, True):
