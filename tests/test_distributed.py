@@ -26,8 +26,6 @@ from neft_kernels import (
 )
 from neft_kernels.models.sharding import Part, in_parts
 
-pytestmark = pytest.mark.xdist_group("distributed")  # shares `directory`
-
 PROGRAMS = Path(__file__).parent / "distributed_runs"
 TIME_LIMIT = 600  # seconds; what hangs fails
 
@@ -59,24 +57,16 @@ def passed(output, status):
     return [line.split()[1] for line in output.splitlines() if line.startswith("ok: ")]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """What one run leaves for another, such as a checkpoint."""
-    return tmp_path_factory.mktemp("distributed")
+def test_two_and_four_processes(tmp_path):
+    """Sequence and tensor parallelism, replicas, DDP, FSDP2, torch.compile; the Trainer and accelerate with DDP and FSDP2.
 
-
-def test_two_processes(directory):
-    """Sequence and tensor parallelism, replicas, DDP, FSDP2, torch.compile; the Trainer and accelerate with DDP and FSDP2."""
+    Then the same with meshes of two dimensions, and a checkpoint of two processes resumed by four.
+    """
     modules = ("sequence_parallel", "tensor_parallel", "training", "compiled", "trainers")
-    names = passed(*launch(2, "run.py", directory, *modules))
+    names = passed(*launch(2, "run.py", tmp_path, *modules))
     assert "training.save" in names
     assert {name.partition(".")[0] for name in names} == set(modules)
-
-
-def test_four_processes(directory):
-    """The same with meshes of two dimensions, and a checkpoint of two processes resumed by four."""
-    assert (directory / "checkpoint").is_dir(), "needs the checkpoint of test_two_processes"
-    names = passed(*launch(4, "run.py", directory, "sequence_parallel", "tensor_parallel", "training"))
+    names = passed(*launch(4, "run.py", tmp_path, "sequence_parallel", "tensor_parallel", "training"))
     assert "training.resume" in names
 
 
