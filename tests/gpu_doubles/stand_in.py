@@ -242,6 +242,7 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
         "get_device_name": lambda: name,
         "get_device_capability": lambda: (9, 0),
         "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda _: torch.get_rng_state(),
         "synchronize": lambda: device.waits("synchronize"),
         "set_sync_debug_mode": lambda mode: setattr(device, "sync_debug_mode", mode),
         "device": lambda _: contextlib.nullcontext(),
