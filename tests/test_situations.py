@@ -157,13 +157,19 @@ def test_a_pass_run_again_in_a_hook_of_backward_has_what_it_had_the_first_time(c
 LABELS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 1], [5, 6, 1, -100, -100, -100, -100, -100]])
 
 
+def of_decoder(model):
+    """Of the decoder's last batch. Before transformers 5 T5 has one module for both sides, which the decoder calls last."""
+    by_name = {report.name: report.last_magnitude for report in describe(model)}
+    return by_name["shared"] if "shared" in by_name else by_name["decoder.embed_tokens"]
+
+
 def test_a_decoder_without_a_mask_is_as_long_as_its_labels():
     model = replace_embeddings(t5(), ALPHA)
     model(input_ids=IDS, attention_mask=MASK, labels=LABELS)
     by_name = {report.name: report for report in describe(model)}
-    assert set(by_name) == {"encoder.embed_tokens", "decoder.embed_tokens"}  # not `shared`, which is never called
-    assert by_name["encoder.embed_tokens"].last_magnitude == pytest.approx((bound(6), bound(3)))
-    assert by_name["decoder.embed_tokens"].last_magnitude == pytest.approx((bound(8), bound(3)))
+    if "shared" not in by_name:  # which is never called, except before transformers 5, where it is the only one
+        assert by_name["encoder.embed_tokens"].last_magnitude == pytest.approx((bound(6), bound(3)))
+    assert of_decoder(model) == pytest.approx((bound(8), bound(3)))
     assert not any(notes(model))
 
 
@@ -177,16 +183,14 @@ def test_a_decoder_without_a_mask_is_as_long_as_its_labels():
 def test_a_token_of_the_decoder_counts_if_its_label_or_a_later_one_does(labels, lengths):
     model = replace_embeddings(t5(), ALPHA)
     model(input_ids=IDS, attention_mask=MASK, labels=torch.tensor(labels))
-    by_name = {report.name: report for report in describe(model)}
-    assert by_name["decoder.embed_tokens"].last_magnitude == pytest.approx(tuple(map(bound, lengths)))
+    assert of_decoder(model) == pytest.approx(tuple(map(bound, lengths)))
 
 
 def test_a_mask_of_the_decoder_comes_before_its_labels():
     model = replace_embeddings(t5(), ALPHA)
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
     model(input_ids=IDS, attention_mask=MASK, labels=LABELS, decoder_attention_mask=mask)
-    by_name = {report.name: report for report in describe(model)}
-    assert by_name["decoder.embed_tokens"].last_magnitude == pytest.approx((bound(8), bound(5)))
+    assert of_decoder(model) == pytest.approx((bound(8), bound(5)))
 
 
 def test_labels_that_are_not_asked_about_are_not_noted():
@@ -553,7 +557,8 @@ def test_a_mask_of_the_decoder_may_have_another_name_inside():
     )
     model = replace_embeddings(transformers.FSMTForConditionalGeneration(config).train(), ALPHA)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS[:, :4] + 1, decoder_attention_mask=mask)
+    decoder = {"decoder_input_ids": IDS[:, :4] + 1, "decoder_attention_mask": mask}
+    model(input_ids=IDS, attention_mask=MASK, use_cache=False, **decoder)
     by_name = {report.name: report.last_magnitude for report in describe(model)}
     assert by_name["model.encoder.embed_tokens"] == pytest.approx((bound(6), bound(3)))
     assert by_name["model.decoder.embed_tokens"] == pytest.approx((bound(4), bound(2)))
