@@ -144,5 +144,5 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $(INSTALLED)
 
 clean:
-	rm -rf build dist *.egg-info neft_kernels/*.so demo_output
+	rm -rf build dist *.egg-info neft_kernels/*.so neft_kernels/ops/*.so demo_output
 	rm -f $(INSTALLED)
