@@ -83,8 +83,8 @@ class EmbeddingNoise:
                 return is_on
             if first is OFF and is_on:
                 self._warn(
-                    "activation checkpointing recomputed a pass without noise, because its first run had none; if gradients were "
-                    "disabled in that, set under_no_grad=True, or checkpoint with use_reentrant=False"
+                    "activation checkpointing recomputed a pass without noise, because its first run had none; if gradients "
+                    "were disabled in that, set under_no_grad=True, or checkpoint with use_reentrant=False"
                 )
             return first is not OFF
         if module.training and not is_on:
