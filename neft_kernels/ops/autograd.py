@@ -16,7 +16,15 @@ __all__ = ["NoisyEmbedding", "add_noise", "draw_seed", "noisy_embedding"]
 NOISE_ARGUMENTS = 5  # seed, token_magnitude, magnitude, stream, first_token
 
 
-class NoisyEmbedding(torch.autograd.Function):
+class _OpFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Callable[..., Tensor], *args: Any) -> Tensor:  # [..., D]
+        return _without_gradient(op, args)
+
+
+class NoisyEmbedding(_OpFunction):
     """Embedding look-up plus noise in one kernel. The gradient is that of the plain embedding.
 
     ``NoisyEmbedding.apply(op, input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, padding_idx,
@@ -26,12 +34,6 @@ class NoisyEmbedding(torch.autograd.Function):
     of ``torch.ops.neft_kernels.noisy_embedding``, and the others are its arguments. A `padding_idx` of -1 is none. The noise
     does not depend on the weight, so it has no part in the gradient.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: Callable[..., Tensor], *args: Any) -> Tensor:  # [..., D]
-        return _without_gradient(op, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -46,17 +48,11 @@ class NoisyEmbedding(torch.autograd.Function):
         return None, None, grad_weight, *(None,) * (NOISE_ARGUMENTS + len(ctx.options))
 
 
-class AddNoise(torch.autograd.Function):
+class AddNoise(_OpFunction):
     """Noise on given embeddings. The gradient passes through unchanged.
 
     ``AddNoise.apply(op, embeds, seed, token_magnitude, magnitude, stream, first_token)``, see :func:`add_noise`.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: Callable[..., Tensor], *args: Any) -> Tensor:  # [..., D]
-        return _without_gradient(op, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
