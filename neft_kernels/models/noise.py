@@ -62,7 +62,7 @@ class EmbeddingNoise:
             return "off: evaluation mode"
         if not torch.is_grad_enabled() and not shared.options.under_no_grad:
             return "off: gradients are disabled"
-        if not shared.enabled:
+        if shared.paused:
             return "off: inside no_noise"
         if shared.passes.batch.generating:
             return "off: a cache is passed, so the model is generating"

@@ -48,7 +48,7 @@ class ModelNoise:
         self.options, self.alpha = options, alpha
         #: True if shared by all embeddings of a model; False if it belongs to one embedding that was built noisy.
         self.is_shared = is_shared
-        self.enabled, self.paused = True, 0  # inside so many no_noise()
+        self.paused = 0  # number of no_noise() contexts that are active
         self.passes, self.coverage = PassStack(), Coverage()
         self.warning = ""  # what is wrong with the model, for `describe`
         #: The modules whose forward tells about the batch.
@@ -58,7 +58,6 @@ class ModelNoise:
     def pause(self, times: int) -> None:
         """Adds `times`, 1 or -1, to the number of no_noise() contexts that are active. The noise is on only at 0."""
         self.paused = max(0, self.paused + times)
-        self.enabled = self.paused == 0
 
     def alpha_on(self, device: torch.device) -> float | Tensor:
         """Alpha for this pass: a number, or in a compiled graph a float64 tensor, once alpha has been set at run time.
