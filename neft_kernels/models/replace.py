@@ -55,7 +55,8 @@ def replace_embeddings(
             alpha. :func:`set_alpha` changes it at any time.
         scale_by: "sequence" scales by each sequence's true length, from ``attention_mask``, ``position_ids`` or
             ``cu_seq_lens_q`` where the model is given them, and leaves padding alone; "batch" scales by the padded length,
-            as the Hugging Face hook does.
+            as the Hugging Face hook does; with "rms" `alpha` is itself the ratio of the noise to the embeddings, such as 0.05,
+            as root mean squares, whatever the length. The embeddings are measured in the first pass in training.
         noise_on: "all" tokens, or those of the "prompt" or of the "completion" only, as the ``labels`` that the model is
             given tell them apart (-100 is prompt); decoder-only models.
         stream: which of the noise streams under one seed; None: one for each data-parallel replica, so that replicas that are

@@ -67,6 +67,13 @@ def _collective(name: str, *args: Any) -> Tensor:
     return collectives.wait_tensor(getattr(collectives, name)(*args))
 
 
+def sum_over(groups: Sequence[str], values: Tensor) -> Tensor:
+    """The sum of the `values` of all ranks of the process groups of these names."""
+    for name in dict.fromkeys(groups):
+        values = _collective("all_reduce", values, "sum", name)
+    return values
+
+
 def group_size(group: "ProcessGroup") -> int:
     """The number of its ranks."""
     return torch.distributed.get_world_size(group)

@@ -21,10 +21,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_alpha(alpha: float) -> None:
     """`alpha` is a finite number >= 0."""
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha must be a number, not {type(alpha).__name__}")
-    if not 0 <= alpha < math.inf:  # also false for NaN
-        raise ValueError(f"alpha must be finite and >= 0, not {alpha}")
+    check_number("alpha", alpha)
+
+
+def check_number(name: str, value: float) -> None:
+    """`value`, the argument `name`, is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not 0 <= value < math.inf:  # also false for NaN
+        raise ValueError(f"{name} must be finite and >= 0, not {value}")
 
 
 def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
