@@ -20,7 +20,7 @@ from gpu_doubles.emulated_gpu.driver import Window
 from helpers import independent
 from helpers.bits import equal_bits
 from helpers.devices import DTYPES, gpu
-from neft_kernels import noise_magnitude
+from neft_kernels import add_noise, noise_magnitude
 from neft_kernels.ops import reference, triton_magnitude, triton_noise
 
 SEED = torch.tensor([2**40 + 7])
@@ -64,7 +64,7 @@ def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
             ids,
             SEED,
             None,
-            *(0.1, 3, first_token, num_rows, num_rows, width // 8, width // 8, 1),
+            *(0, 0, 0.1, 3, first_token, num_rows, num_rows, width // 8, width // 8, 1),
             *(8, True, rows_of_tile, vectors),
             num_warps=4,
             enable_fp_fusion=False,
@@ -142,7 +142,7 @@ def test_magnitudes_of_more_than_two_to_the_31_tokens():
 def test_fusing_is_noticed():
     """The guard of all comparisons: with Triton's own default the product and the sum would be one instruction."""
     rows, out = table(4, 64, torch.float32), torch.empty(4, 64)
-    arguments = (out, rows, None, SEED, None, 0.1, 0, 0, 4, 4, 16, 16, 1, 4, True, 32, 16)
+    arguments = (out, rows, None, SEED, None, 0, 0, 0.1, 0, 0, 4, 4, 16, 16, 1, 4, True, 32, 16)
     try:
         triton_noise.noisy_rows_kernel[(1, 1, 1)](*arguments, num_warps=4, enable_fp_fusion=True)
     except Unsupported:
@@ -202,6 +202,15 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
             out = triton_noise.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
             assert equal_bits(out, reference.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0))
     assert len(triton_noise._compiled) == len(asked) == len(launches) - 1
+
+
+def test_a_seed_by_value_needs_no_other_kernel(monkeypatch, stand_in):
+    """The first launch in a captured graph has its seed on the device. Then nothing may be compiled."""
+    monkeypatch.setattr(triton_noise, "_compiled", {})
+    rows = table(4, 64, torch.bfloat16).cuda()
+    for seed in (5, -1, 2**40, SEED, SEED.cuda()):
+        add_noise(rows, 0.1, seed=seed, backend="triton")
+    assert len(triton_noise._compiled) == 1
 
 
 class StubDriver:

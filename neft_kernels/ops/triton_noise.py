@@ -11,6 +11,7 @@ round separately. ``tools/check_gpu.py`` looks at the machine code for all of th
 
 import contextlib
 import functools
+import struct
 from typing import Any
 
 import torch
@@ -102,14 +103,17 @@ def _round_to(value, dtype: tl.constexpr):
     return rounded
 
 
-# The kernel is not specialized on the values of numbers. Whatever changes the code is a constant.
-@triton.jit(do_not_specialize=range(5, 13))
+# The kernel is not specialized on the values of numbers. Whatever changes the code is a constant. So a captured CUDA graph,
+# whose seeds are on the device, launches the kernel that was compiled for seeds that are given by value.
+@triton.jit(do_not_specialize=range(5, 15))
 def noisy_rows_kernel(
     out,  # [T, D], contiguous
     rows,  # [num_rows, D]
     input_ids,  # [T], contiguous: the row of each token; None: row t for token t
-    seed,  # [1]
+    seed,  # [1]; a null pointer: it is given by its halves, which are 0 otherwise
     token_magnitude,  # [T], contiguous; None: every token gets `magnitude`
+    seed_low,
+    seed_high,
     magnitude,
     stream,
     first_token,
@@ -154,7 +158,9 @@ def noisy_rows_kernel(
 
     source = (rows + row * row_stride + first_column * column_stride)[:, None]
     w = tl.load(source + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
-    u = _uniform(first_token + tokens, vectors, tl.load(seed), stream, dtype)
+    given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
+    seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
+    u = _uniform(first_token + tokens, vectors, seed, stream, dtype)
     wide = _widen(w)
     noisy = _round_to(wide + m.to(wide.dtype) * u.to(wide.dtype), dtype)
 
@@ -176,6 +182,10 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
         vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
     column_tiles = -(-vectors_of_row // vectors)
     return TILE_VECTORS // vectors, vectors, (min(column_tiles, MAX_GRID_Y), -(-column_tiles // MAX_GRID_Y))
+
+
+#: In place of a seed on the device: an empty tensor is a null pointer.
+_NO_SEED = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 #: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
@@ -243,11 +253,14 @@ def _noisy_rows(
         return out
     if num_rows == 0:
         return out.fill_(float("nan"))
+    # A seed on the CPU goes to a GPU by value.
+    by_value = seed.device != rows.device
+    halves = struct.unpack("<ii", struct.pack("<q", seed.item())) if by_value else (0, 0)
     tensors = (
         out,
         rows,
         None if input_ids is None else input_ids.contiguous(),
-        seed,
+        _NO_SEED if by_value else seed,
         None if token_magnitude is None else token_magnitude.contiguous(),
     )
     row_stride, column_stride = rows.stride()
@@ -262,7 +275,7 @@ def _noisy_rows(
     unit = columns_of_vector if is_aligned else 1
     rows_of_tile, vectors, grid = _tile(embedding_dim, rows.element_size())
     numbers = (
-        *(magnitude, stream, first_token, num_tokens, num_rows),
+        *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
     launch_grid = (-(-num_tokens // rows_of_tile), *grid)
