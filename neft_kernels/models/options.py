@@ -1,6 +1,6 @@
 """What the user chooses: the options of the noise, and alpha as a number or a schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from neft_kernels.models.sharding import Group
 
 __all__ = ["AlphaSchedule", "NoiseOptions"]
+
+#: The arguments of a model's forward that may have other names there.
+RENAMABLE = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens", "labels")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class NoiseOptions:
     sequence_group: "Group | None" = None
     sequence_layout: str = "contiguous"
     under_no_grad: bool = False
+    argument_names: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("scale_by", self.scale_by, SCALES)
@@ -50,6 +54,13 @@ class NoiseOptions:
             raise ValueError(f"sequence_layout={self.sequence_layout!r} needs a sequence_group")
         if not isinstance(self.under_no_grad, bool):
             raise TypeError(f"under_no_grad must be a bool, not {type(self.under_no_grad).__name__}")
+        if self.argument_names is not None:
+            if not isinstance(self.argument_names, Mapping):
+                raise TypeError(f"argument_names must be a dict, not {type(self.argument_names).__name__}")
+            for name, theirs in self.argument_names.items():
+                check_choice("a key of argument_names", name, RENAMABLE)
+                if not isinstance(theirs, str):
+                    raise TypeError(f"argument_names[{name!r}] must be a str, not {type(theirs).__name__}")
 
 
 class AlphaSchedule:

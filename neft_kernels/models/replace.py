@@ -8,7 +8,7 @@ forward hook adds the noise to its output. Hooks on the modules around the embed
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
@@ -40,6 +40,7 @@ def replace_embeddings(
     sequence_group: "Group | None" = None,
     sequence_layout: str = "contiguous",
     under_no_grad: bool = False,
+    argument_names: Mapping[str, str] | None = None,
 ) -> Model:
     """Makes the token embeddings of `model` noisy while it trains (NEFTune, arXiv 2310.05914), in place.
 
@@ -69,6 +70,8 @@ def replace_embeddings(
             twice under one state of the random number generator, first without gradients: GradCache, the cached losses of
             sentence-transformers, reentrant activation checkpointing around the embedding. Both passes then have the same
             noise. The default leaves the reference and rollout passes of DPO, KTO and GRPO without noise.
+        argument_names: for a model whose forward has its own names for ``input_ids``, ``attention_mask``, ``position_ids``,
+            ``cu_seq_lens`` or ``labels``: its name of each, as ``{"attention_mask": "mask", "position_ids": "input_pos"}``.
 
     Returns:
         `model` itself.
@@ -78,7 +81,9 @@ def replace_embeddings(
             noisy; the model is then unchanged.
         RuntimeError: the backend asked for cannot run here.
     """
-    options = NoiseOptions(scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad)
+    options = NoiseOptions(
+        scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad, argument_names
+    )
     noise = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
     embeddings, note = token_embeddings(model)
     if noise_on != "all" and is_encoder_decoder(model):
@@ -87,6 +92,7 @@ def replace_embeddings(
         for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
             choose_backend(device, backend)
 
+    around = modules_around(model, embeddings, options)
     names = {module: name for name, module in model.named_modules()}
     before = _noise_of(model)
     check_unshared(model)
@@ -99,7 +105,7 @@ def replace_embeddings(
     logger.info("%s: noise goes into %s", type(model).__name__, ", ".join(names[module] for module in embeddings))
     if note:
         logger.warning("%s: %s", type(model).__name__, note)
-    for module in modules_around(model, embeddings):
+    for module in around:
         BatchHook(noise, module).attach(module)
     return model
 
