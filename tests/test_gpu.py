@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
 from helpers.bits import equal_bits
-from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noise_magnitude, noisy_embedding
+from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noise_magnitude, noisy_embedding, set_alpha
 from neft_kernels.ops import seed as seeds
 from neft_kernels.ops.seed import draw_seed
 
@@ -180,6 +180,22 @@ def test_checkpointing_recomputes_the_noise_and_leaves_the_generator_alone(backe
     assert not torch.equal(other, first)
     torch.manual_seed(5)
     assert [draw_seed(GPU) for _ in range(3)][2] == after
+
+
+def test_alpha_of_compiled_graphs_lives_where_the_table_is(monkeypatch):
+    """It would cut a CUDA graph in two if it were copied to the GPU inside of it."""
+    module = NEFTuneEmbedding(100, 64)
+    alpha = module.noise.shared.alpha
+    set_alpha(module, 3.0)
+    assert alpha.tensor.device.type == "cpu"
+    module.weight.data = module.weight.data.cuda()
+    for value in (4.0, 5.0):
+        set_alpha(module, value)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert module.noise.shared.alpha_on(GPU) is alpha.tensor
+        monkeypatch.undo()
+        assert alpha.tensor.device == GPU
+        assert alpha.tensor.item() == value
 
 
 def test_no_memory_beyond_the_output(backend):
