@@ -291,28 +291,28 @@ def test_the_records_are_drawn(results, monkeypatch):
 
 
 def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, capsys):
-    shape = variants.Shape(40, 600, 5, torch.bfloat16)
+    shape = variants.Shape(40, 1024, 5, torch.bfloat16)  # 128 vectors
     monkeypatch.setattr(tune_gpu, "SHAPES", ((shape, "uniform"),))
     monkeypatch.setattr(tune_gpu, "TILES", (128, 512))
     monkeypatch.setattr(tune_gpu, "REGISTERS", (None, 64))
     monkeypatch.setattr(tune_gpu, "_compiled_for", {})
 
     def constants():
-        return [getattr(triton_noise, name) for name in tune_gpu._CONSTANTS], triton_noise._tile(600, 2)
+        return [getattr(triton_noise, name) for name in tune_gpu._CONSTANTS], triton_noise._tile(1024, 2)
 
     before = constants()
     assert tune_gpu.main(["--rounds", "2", "--results", str(results)]) == 0
     (record,) = records.load("gpu_tuning", results)
-    sizes = ((128, 1), (128, 2), (128, 4), (512, 1), (512, 2), (512, 4), (512, 8))
-    tiles = {(*size, registers) for size in sizes for registers in (None, 64)}
-    names = {"{} vectors, {} warps, registers {}".format(*tile) for tile in tiles}
+    sizes = ((1, 1), (1, 2), (1, 4), (4, 1), (4, 2), (4, 4), (4, 8))  # rows and warps
+    tiles = {(rows, 128, warps, registers) for rows, warps in sizes for registers in (None, 64)}
+    names = {"{} x {} vectors, {} warps, registers {}".format(*tile) for tile in tiles}
     assert record["forward"].keys() == {"F.embedding", *names}
-    assert tune_gpu._compiled_for.keys() == tiles
-    for (vectors, warps, registers), kept in tune_gpu._compiled_for.items():
-        ((key, compiled),) = kept.items()
-        (_, rows_of_tile), (_, width) = key[-2:]  # constants of the kernel
-        assert rows_of_tile * width == vectors
-        assert (compiled.metadata.num_warps, compiled.metadata.maxnreg) == (warps, registers)
+    kept = [each for tile in tune_gpu._compiled_for.values() for each in tile.items()]
+    assert len(kept) == len(tiles)
+    assert tiles == {
+        (*(value for _, value in key[-2:]), compiled.metadata.num_warps, compiled.metadata.maxnreg)
+        for key, compiled in kept
+    }
     assert before == constants()
     assert capsys.readouterr().out.count("of the copy") == len(tiles) + 1
 
