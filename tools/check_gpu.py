@@ -44,7 +44,7 @@ OPS = ("noisy_embedding", "add_noise")
 QUICK_DTYPES = ("float64", "bfloat16")
 CUDA_DTYPES = {"Fp32": "float32", "Fp64": "float64", "Fp16": "float16", "Bf16": "bfloat16"}
 
-# Of Triton's kernels, whose tiles are one row of 512 vectors, four rows of 128, and sixteen rows of 32.
+# Of Triton's kernels, whose tiles are one row of 512 vectors, one of 128, and sixteen rows of 32.
 WIDTHS = {
     "bfloat16": (4096, 1024, 768),
     "float16": (4096, 1024, 768),

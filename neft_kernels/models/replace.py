@@ -234,8 +234,8 @@ def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: 
     Raises:
         TypeError, ValueError: `alpha` is no number >= 0, or `model` has no noisy embeddings.
     """
-    found = _noise_of(model)
+    found = {noise.shared: module for _, module, noise in noisy_modules(model)}
     if not found:
         raise ValueError("model has no noisy embeddings; call replace_embeddings(model) first")
-    for each in found:
-        each.alpha.set(alpha, step)
+    for each, module in found.items():
+        each.alpha.set(alpha, step, device=next((table.device for table in module.parameters()), None))

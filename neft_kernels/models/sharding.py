@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.ops.autograd import add_noise, draw_seed
+from neft_kernels.ops.autograd import add_noise
+from neft_kernels.ops.seed import draw_seed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,7 +56,7 @@ def seed_and_stream(stream: int | None, groups: "Sequence[ProcessGroup]", device
         stream -= sum(
             torch.distributed.get_rank() - min(torch.distributed.get_process_group_ranks(group)) for group in distinct
         )
-    seed = draw_seed(device)
+    seed = draw_seed(device, by_value=not groups)  # a broadcast takes a tensor on the device
     for group in groups:  # the seed of the first rank, because the others may have drawn other random numbers before
         seed = _collective("broadcast", seed, 0, group.group_name)
     return seed, stream

@@ -87,7 +87,7 @@ class ModelNoise:
                 "use NEFTuneCallback, or set_alpha(..., step=...)"
             )
         if is_compiling and alpha.tensor is not None:
-            return alpha.tensor.to(device)
+            return alpha.tensor if alpha.tensor.device == device else alpha.tensor.to(device)
         return alpha.now()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelNoise":
