@@ -75,7 +75,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	layout.py watching.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
+	rearrangement.py passes.py strength.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
 
 GPU_BUILD ?= 1
 
