@@ -87,7 +87,7 @@ def dataset_examples(name_or_path: str, text_column: str | None, limit: int, see
     "text". At most `limit` training examples are drawn. The held-out examples are the test or validation split where
     there is one, else a tenth of the data; an example that is in both is dropped from training.
     """
-    splits = _load_splits(name_or_path)
+    splits = load_splits(name_or_path, "--dataset")
     train_split = splits.get("train", next(iter(splits.values())))
     held_out_split = next((splits[name] for name in ("test", "validation") if name in splits), None)
     if held_out_split is train_split:
@@ -108,12 +108,13 @@ def dataset_examples(name_or_path: str, text_column: str | None, limit: int, see
     return Examples(train[:limit], held_out)
 
 
-def _load_splits(name_or_path: str) -> DatasetDict:
+def load_splits(name_or_path: str, option: str) -> DatasetDict:
+    """The splits of a data set on the hub, a folder or a file; `option` is what error messages call it."""
     path = Path(name_or_path)
     try:
         if path.is_file():
             if path.suffix not in LOADERS:
-                raise InputError(f"--dataset {path}: the file name must end in one of {', '.join(LOADERS)}")
+                raise InputError(f"{option} {path}: the file name must end in one of {', '.join(LOADERS)}")
             options: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
             return load_dataset(LOADERS[path.suffix], data_files=str(path), **options)
         return load_dataset(name_or_path)
@@ -121,7 +122,7 @@ def _load_splits(name_or_path: str) -> DatasetDict:
         raise
     except Exception as error:  # each loader has its own exceptions, often wrapped in one that says little
         cause = error.__cause__ or error
-        raise InputError(f"--dataset {name_or_path}: cannot be loaded: {type(cause).__name__}: {cause}") from error
+        raise InputError(f"{option} {name_or_path}: cannot be loaded: {type(cause).__name__}: {cause}") from error
 
 
 def _sample(split: Dataset, size: int, seed: int) -> Dataset:
