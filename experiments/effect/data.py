@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "instruction_tuning"))
 
 from cache import CACHE, made_once
+from causal_lm import train_tokenizer
 from docstring_data import (
     OPTIONAL_MODULES,
     SKIPPED_MODULES,
@@ -23,7 +24,7 @@ from docstring_data import (
     collect_pairs,
     split_pairs,
 )
-from inputs import PROMPT, InputError, load_splits, train_tokenizer
+from inputs import PROMPT, InputError, load_splits
 from smollm2 import local_or_hub
 
 __all__ = [
