@@ -10,8 +10,9 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import choose_backend
 from .registration import OVERLOADS, library
+from .seed import draw_seed
 
-__all__ = ["NoisyEmbedding", "add_noise", "draw_seed", "noisy_embedding"]
+__all__ = ["NoisyEmbedding", "add_noise", "noisy_embedding"]
 
 NOISE_ARGUMENTS = 5  # seed, token_magnitude, magnitude, stream, first_token
 
@@ -154,8 +155,8 @@ def noisy_embedding(
         weight: the embedding table, ``[V, D]``; float32, float64, float16 or bfloat16.
         magnitude: the bound of the noise, >= 0: a number, or a float32 tensor broadcastable to ``input_ids.shape``. A
             token of magnitude 0 gets its row unchanged. :func:`neft_kernels.noise_magnitude` computes NEFTune's.
-        seed: an int64 tensor of one element on the device, or an int. None draws a seed from the device's default generator.
-            The same seed gives the same noise on every backend and device.
+        seed: an int64 tensor of one element, on the device or on the CPU, or an int. None draws a seed from the device's
+            default generator. The same seed gives the same noise on every backend and device.
         stream: in [0, 2**32). Replicas that share a seed use different streams.
         first_token: the number of the first token, for callers that hold a part of a batch.
         padding_idx, scale_grad_by_freq, sparse: as in :func:`torch.nn.functional.embedding`. They affect the gradient only.
@@ -222,8 +223,3 @@ def add_noise(
     if forward_ad._current_level >= 0:
         return _with_tangent(op(embeds.detach(), *args), embeds)
     return _call(AddNoise, embeds, op, embeds, *args)
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed from the default generator of `device`, int64 ``[1]``. The host does not wait for it."""
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
