@@ -140,19 +140,15 @@ NEFT_FUNCTION double sum(double a, double b) {
 }
 #endif
 
-// Uniform to gaussian noise: u * p(w), where w is about -log2(1 - u * u) / 32. The exponent and the fraction of a float,
-// taken as one integer, are an approximate logarithm; the fourth power makes it a better one.
+// Uniform to gaussian noise. The exponent and the fraction of a float, taken as one integer, are a rough logarithm, so x is about
+// 1 - log2(1 - u * u) / 32; the fourth power makes it a better one. experiments/randomness/gaussian.py fits the constants.
 template <class Value>
 NEFT_FUNCTION Value gaussian_from_uniform(Value u) {
-  constexpr float kCoefficients[] = {0.71661896f, 4.4215755f, 2.3817747f, -17.233707f, 26.128819f, -13.442853f};
-  constexpr int kDegree = 5;
-  const Value one = Value{} + 1.0f;
-  const Value q = product(sum(one, -u), sum(one, u)), r = product(q, q), s = product(r, r);
-  const Value w = sum(as_float(0x3FFF0000 - (as_word(s) >> 7)), -one);
-  Value p = Value{} + kCoefficients[kDegree];
-  NEFT_UNROLL
-  for (int power = kDegree - 1; power >= 0; --power) p = sum(product(p, w), Value{} + kCoefficients[power]);
-  return product(u, p);
+  const Value zero{}, q = product(sum(zero + 1.0f, -u), sum(zero + 1.0f, u)), r = product(q, q), s = product(r, r);
+  const Value x = as_float(0x3FFF0000 - (as_word(s) >> 7));
+  const Value b = sum(zero + 2.2166462f, -x), c = sum(x, zero - 1.579746f), e = sum(x, zero - 0.78377885f);
+  const Value first = sum(product(c, c), zero + 0.51102036f), second = sum(product(e, e), zero + 0.0049715075f);
+  return product(product(product(zero + 13.442853f, u), b), product(first, second));
 }
 
 // Word to the noise of one column, for 32- and 64-bit element types.

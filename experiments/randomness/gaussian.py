@@ -1,10 +1,11 @@
-"""Fits the polynomial of gaussian noise, and says how far that noise is from the normal distribution.
+"""Fits the constants of gaussian noise, and tells how far that noise is from the normal distribution.
 
     python -m experiments.randomness.gaussian
 
-The contract, in :mod:`neft_kernels.ops.reference`, makes gaussian noise of a uniform ``u`` as ``u * p(w)``, where ``w`` is
-about ``-log2(1 - u**2) / 32``. The exact quantile is ``ndtri((1 + u) / 2)``. The coefficients of ``p`` minimise the largest
-difference over all levels of 16 bits and a sample of those of 23 bits: a linear program. They are then divided by sqrt(3).
+The contract, in :mod:`neft_kernels.ops.reference`, makes gaussian noise of a uniform ``u`` as ``u * p(x)``, where ``x`` is
+about ``1 - log2(1 - u**2) / 32``. The exact quantile is ``ndtri((1 + u) / 2)``. The coefficients of the polynomial ``p`` minimise
+the largest difference over the levels of 16 bits and a sample of those of 23 bits, which is a linear program. ``p`` is then
+divided by sqrt(3) and factored: it has one real root and two pairs of conjugate roots.
 """
 
 import sys
@@ -30,19 +31,23 @@ def quantile(u: np.ndarray) -> np.ndarray:
 
 
 def fit() -> np.ndarray:
-    """The coefficients of ``p``, lowest power first."""
+    """The constants A to F of ``A * (B - x) * ((x - C)**2 + D) * ((x - E)**2 + F)``."""
     fine = positive(23)
     near_one = 1 - np.exp2(-np.linspace(0, 23, SAMPLED // 2))
     places = np.append(np.linspace(0, len(fine) - 1, SAMPLED // 2).astype(int), np.searchsorted(fine, near_one))
     u = np.concatenate((positive(16)[::4], positive(16)[-512:], np.unique(fine[np.minimum(places, len(fine) - 1)])))
     z = quantile(u)
-    w = reference._octaves(torch.from_numpy(u.astype(np.float32))).double().numpy()
+    w = reference._octaves(torch.from_numpy(u.astype(np.float32))).double().numpy() - 1  # better conditioned than x
     powers = np.stack([w**power * u for power in range(DEGREE + 1)], axis=1)
     error = np.ones((len(u), 1))
     bounds = np.block([[powers, -error], [-powers, -error]])
     cost = np.append(np.zeros(DEGREE + 1), 1)
     solved = optimize.linprog(cost, A_ub=bounds, b_ub=np.append(z, -z), bounds=(None, None), method="highs")
-    return solved.x[:-1] / np.sqrt(3)
+    coefficients = solved.x[:-1] / np.sqrt(3)
+    roots = 1 + np.roots(coefficients[::-1])
+    (real,) = roots[roots.imag == 0].real
+    first, second = sorted(roots[roots.imag > 0], key=lambda root: -root.real)
+    return np.array((-coefficients[-1], real, first.real, first.imag**2, second.real, second.imag**2))
 
 
 def describe(bits: int) -> str:
@@ -63,9 +68,9 @@ def describe(bits: int) -> str:
 def main() -> int:
     fitted = fit().astype(np.float32)
     print("fitted:", ", ".join(np.format_float_positional(c, unique=True) for c in fitted))
-    print("in use:", reference.GAUSSIAN_COEFFICIENTS)
+    print("in use:", reference.GAUSSIAN_FACTORS)
     print(describe(16), describe(23), sep="\n")
-    return 0 if np.allclose(fitted, reference.GAUSSIAN_COEFFICIENTS, rtol=1e-3) else 1
+    return 0 if np.allclose(fitted, reference.GAUSSIAN_FACTORS, rtol=1e-3) else 1
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ backend.
 
     * uniform: ``n = u``.
     * sign: ``n = 1`` where ``u > 0``, else ``n = -1``.
-    * gaussian: ``n = u * p(w)`` in float32, each product, sum and difference rounded to nearest even, and none fused. It is
-      about the normal quantile of ``(1 + u) / 2``, divided by sqrt(3), so that its root mean square is that of ``u``.
+    * gaussian: about the normal quantile of ``(1 + u) / 2``, divided by sqrt(3) so that the root mean square is that of
+      ``u``. In float32; each product, sum and difference is rounded to nearest even by itself:
 
-      - ``q = (1 - u) * (1 + u)``; both factors are exact. ``r = q * q``; ``s = r * r``.
-      - ``w = float(0x3FFF0000 - (bits(s) >> 7)) - 1``, where ``bits`` takes the 32 bits of a float32 as an integer, and
-        ``float`` is its inverse. So ``w`` is about ``-log2(q) / 32``; the difference is exact, and ``w >= 0``.
-      - ``p(w) = ((((c5 * w + c4) * w + c3) * w + c2) * w + c1) * w + c0``, with the float32 numbers that are nearest to
-        ``GAUSSIAN_COEFFICIENTS``, ``c0`` first.
+      - ``q = (1 - u) * (1 + u)``, where both factors are exact; ``r = q * q``; ``s = r * r``.
+      - ``x = float(0x3FFF0000 - (bits(s) >> 7))``, where ``bits`` takes the 32 bits of a float32 as an integer, and ``float``
+        is its inverse. So ``x`` is about ``1 - log2(q) / 32``.
+      - ``n = ((A * u) * (B - x)) * (((x - C)**2 + D) * ((x - E)**2 + F))``, where A to F are the float32 numbers nearest to
+        ``GAUSSIAN_FACTORS``, in this order.
 6.  Sum. ``out = round_dtype(round_f32(w + round_f32(m * n)))``, ``m`` the token's magnitude rounded to fp32: two
     separate float32 roundings and no fused multiply-add, round to nearest even, NaN and infinity pass through. fp64
     does the same in float64. Where ``m == 0`` the row is returned unchanged, bit for bit.
@@ -37,11 +37,28 @@ backend.
 import torch
 from torch import Tensor
 
-__all__ = ["GAUSSIAN", "NOISES", "SIGN", "UNIFORM", "add_noise", "noisy_embedding", "philox4x32", "shape_noise", "uniform"]
+__all__ = [
+    "GAUSSIAN",
+    "NOISES",
+    "SIGN",
+    "UNIFORM",
+    "add_noise",
+    "noisy_embedding",
+    "philox4x32",
+    "shape_noise",
+    "uniform",
+]
 
 NOISES = ("uniform", "sign", "gaussian")  # the kinds of noise; the ops take the index
 UNIFORM, SIGN, GAUSSIAN = range(3)
-GAUSSIAN_COEFFICIENTS = (0.71661896, 4.4215755, 2.3817747, -17.233707, 26.128819, -13.442853)
+GAUSSIAN_FACTORS = (
+    13.442853,
+    2.2166462,
+    1.579746,
+    0.51102036,
+    0.78377885,
+    0.0049715075,
+)  # A to F; experiments/randomness/gaussian.py fits them
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, table 2
@@ -114,19 +131,18 @@ def shape_noise(u: Tensor, noise: int) -> Tensor:
     if noise == SIGN:
         return torch.where(u > 0, 1.0, -1.0).to(u.dtype)
     single = u.to(torch.float32)  # exact
-    w = _octaves(single)
-    p = torch.full_like(w, GAUSSIAN_COEFFICIENTS[-1])
-    for coefficient in reversed(GAUSSIAN_COEFFICIENTS[:-1]):
-        p = p * w + torch.tensor(coefficient, dtype=torch.float32)
-    return (single * p).to(u.dtype)
+    x = _octaves(single)
+    a, b, c, d, e, f = torch.tensor(GAUSSIAN_FACTORS, dtype=torch.float32, device=u.device)
+    n = ((a * single) * (b - x)) * (((x - c) * (x - c) + d) * ((x - e) * (x - e) + f))
+    return n.to(u.dtype)
 
 
 def _octaves(u: Tensor) -> Tensor:
-    """About ``-log2(1 - u**2) / 32``: the exponent and the fraction of a float are an approximate logarithm."""
+    """About ``1 - log2(1 - u**2) / 32``: exponent and fraction of a float, as one integer, are a rough logarithm."""
     q = (1 - u) * (1 + u)
     r = q * q
     s = r * r
-    return (0x3FFF0000 - (s.view(torch.int32) >> 7)).view(torch.float32) - 1
+    return (0x3FFF0000 - (s.view(torch.int32) >> 7)).view(torch.float32)
 
 
 def noisy_embedding(
