@@ -3,9 +3,9 @@
     python -m experiments.randomness.gaussian
 
 The contract, in :mod:`neft_kernels.ops.reference`, makes gaussian noise of a uniform ``u`` as ``u * p(x)``, where ``x`` is
-about ``1 - log2(1 - u**2) / 32``. The exact quantile is ``ndtri((1 + u) / 2)``. The coefficients of the polynomial ``p`` minimise
-the largest difference over the levels of 16 bits and a sample of those of 23 bits, which is a linear program. ``p`` is then
-divided by sqrt(3) and factored: it has one real root and two pairs of conjugate roots.
+about ``1 - log2(1 - u**2) / 32``. The exact quantile is ``ndtri((1 + u) / 2)``. The coefficients of the polynomial ``p``
+minimise the largest difference over the levels of 16 bits and a sample of those of 23 bits, which is a linear program. ``p``
+is then divided by sqrt(3) and factored: it has one real root and two pairs of conjugate roots.
 """
 
 import sys

@@ -59,7 +59,7 @@ def _philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _gaussian(u):
-    # The exponent and the fraction of a float, as one integer, are a rough logarithm; of the fourth power they are a better one.
+    # Exponent and fraction of a float, as one integer, are a rough logarithm; of the fourth power they are a better one.
     q = (1 - u) * (1 + u)
     r = q * q
     s = r * r
