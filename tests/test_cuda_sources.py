@@ -136,7 +136,7 @@ def test_launches(library, dtype, width):
                 assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise, switches)
 
 
-@pytest.mark.parametrize("kind", (reference.SIGN, reference.GAUSSIAN), ids=("sign", "gaussian"))
+@pytest.mark.parametrize("kind", [reference.SIGN, reference.GAUSSIAN], ids=["sign", "gaussian"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [9, 64])
 def test_kinds_of_noise(library, dtype, width, kind):
