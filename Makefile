@@ -104,6 +104,9 @@ gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show,
 randomness: $(INSTALLED)  ## is the noise random? appends to experiments/randomness/results; BATTERY=1: dieharder too
 	$(BIN)/python -m experiments.randomness.run
 	$(BIN)/python -m experiments.randomness.run --break all
+	$(BIN)/python -m experiments.randomness.gaussian
+	$(BIN)/python -m experiments.randomness.kinds
+	$(BIN)/python -m experiments.randomness.kinds --broken
 	$(BIN)/python -m experiments.randomness.rounding
 	$(if $(BATTERY),$(BIN)/python -m experiments.randomness.run --battery)
 

@@ -198,9 +198,10 @@ def check_triton(
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
     for kind, name in enumerate(NOISES[1:], start=1):
-        noise = (seed, torch.zeros(64), 0.1, 0, 0, kind)
-        launches["noisy_embedding", f"{name}, {ids_name}"] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
-        launches["add_noise", name] = partial(triton_noise.add_noise, rows, *noise)
+        of_kind = partial(triton_noise.noisy_embedding, noise=kind), partial(triton_noise.add_noise, noise=kind)
+        noise = (seed, torch.zeros(64), 0.1, 0, 0)
+        launches["noisy_embedding", f"{name}, {ids_name}"] = partial(of_kind[0], ids, rows, *noise)
+        launches["add_noise", name] = partial(of_kind[1], rows, *noise)
     # AMD's backend compiles other code for these. Their memory is never touched.
     element_size = rows.element_size()
     large = torch.empty((1 << 31) // element_size + rows.numel(), dtype=rows.dtype)[: rows.numel()].view(rows.shape)
@@ -301,8 +302,8 @@ def print_table(kernels: list[Kernel]) -> None:
     groups: dict[tuple[str, ...], list[Kernel]] = {}
     for kernel in kernels:
         path = "unaligned" if kernel.unaligned else "16 bytes"
-        key = (kernel.target, kernel.source, kernel.op, kernel.dtype, kernel.noise, path)
-        groups.setdefault(key, []).append(kernel)
+        of_kernel = (kernel.target, kernel.source, kernel.op, kernel.dtype, kernel.noise, path)
+        groups.setdefault(of_kernel, []).append(kernel)
     rows: list[tuple[str, ...]] = [HEADER]
     for key, variants in groups.items():
         codes, calls = [kernel.code for kernel in variants], variants[0].philox_calls
