@@ -105,8 +105,10 @@ def test_kinds_of_noise(library, kernels, dtype, width, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_seeds_streams_and_tokens(library, kernels, dtype, identity):
     rows = table(dtype, 40)
-    _, out = run(library, kernels, rows, magnitude=0.3, identity=identity)
-    assert equal_bits(out, expected_of(rows, magnitude=0.3, identity=identity))
+    expected = expected_of(rows, magnitude=0.3, identity=identity)
+    for by_value in (0, 1):
+        _, out = run(library, kernels, rows, magnitude=0.3, identity=identity, seed_by_value=by_value)
+        assert equal_bits(out, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -151,8 +151,10 @@ def test_kinds_of_noise(library, dtype, width, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_seeds_streams_and_tokens(library, dtype, identity):
     rows = table(dtype, 40)
-    _, out = emulate(library, rows, magnitude=0.3, identity=identity)
-    assert equal_bits(out, expected_of(rows, magnitude=0.3, identity=identity))
+    expected = expected_of(rows, magnitude=0.3, identity=identity)
+    for by_value in (0, 1):
+        _, out = emulate(library, rows, magnitude=0.3, identity=identity, seed_by_value=by_value)
+        assert equal_bits(out, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -81,7 +81,7 @@ def test_every_process_below_has_the_noise_with_its_options(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     done = run(*RUN, *CHOSEN, sys.executable, "parent.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = [OPTIONS | {"sequence_group": None, "sequence_layout": "contiguous"}]
+    expected = [OPTIONS | {"sequence_group": None, "sequence_layout": "contiguous", "argument_names": None}]
     assert json.loads(done.stdout) == {"itself": expected, "shell": expected, "spawn": expected}
 
 

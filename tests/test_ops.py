@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.devices import CPU_BACKENDS
 from neft_kernels import add_noise, available_backends, noisy_embedding
 from neft_kernels.ops import backends
-from neft_kernels.ops.autograd import draw_seed
 from neft_kernels.ops.backends import choose_backend
 from neft_kernels.ops.magnitude import magnitude_kernel
 from neft_kernels.ops.registration import OVERLOADS
+from neft_kernels.ops.seed import draw_seed
 
 SEED = torch.tensor([3])
 

@@ -45,7 +45,7 @@ OPS = ("noisy_embedding", "add_noise")
 QUICK_DTYPES = ("float64", "bfloat16")
 CUDA_DTYPES = {"Fp32": "float32", "Fp64": "float64", "Fp16": "float16", "Bf16": "bfloat16"}
 
-# Of Triton's kernels, whose tiles are one row of 512 vectors, four rows of 128, and sixteen rows of 32.
+# Of Triton's kernels, whose tiles are one row of 512 vectors, one of 128, and sixteen rows of 32.
 WIDTHS = {
     "bfloat16": (4096, 1024, 768),
     "float16": (4096, 1024, 768),
@@ -246,10 +246,11 @@ def check_magnitude(target_name: str) -> list[str]:
 
 def nvcc(*flags: str) -> list[str]:
     """The command that compiles a file of csrc/cuda; without -fmad=false, because the sources do not rely on it."""
-    from torch.utils import cpp_extension
+    import torch  # its cpp_extension, which knows the folder too, warns of a machine without a GPU
 
+    headers = Path(torch.__file__).parent / "include"
     command = ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000", *flags]
-    return [*command, *(f"-I{path}" for path in cpp_extension.include_paths()), "-Xcompiler", "-fPIC"]
+    return [*command, f"-I{headers}", "-Xcompiler", "-fPIC"]
 
 
 def check_cuda(source: Path, targets: list[str], flags: list[str]) -> list[Kernel]:

@@ -26,7 +26,8 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& d
                   " must be on the CUDA device of the embeddings");
 }
 
-// The arguments of the noise. Only the kernel reads the seed and the magnitudes of the tokens.
+// The arguments of the noise. Only the kernel reads the magnitudes of the tokens, and the seed if it is on the device. A
+// seed on the CPU is given to the kernel by value.
 class Noise {
  public:
   Noise(const Tensor& data, const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude,
@@ -35,7 +36,10 @@ class Noise {
         first_token_(first_token) {
     STD_TORCH_CHECK(0 <= kind && kind < kNoiseKinds, "noise must be in [0, ", kNoiseKinds, ")");
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
-    check_device(seed, "seed", data);
+    if (seed.is_cpu())
+      seed_value_ = *static_cast<const int64_t*>(seed.const_data_ptr());
+    else
+      check_device(seed, "seed", data);
     if (token_magnitude) {
       STD_TORCH_CHECK(token_magnitude->scalar_type() == ScalarType::Float && token_magnitude->numel() == num_tokens,
                       "token_magnitude must be fp32, one element per token");
@@ -48,7 +52,8 @@ class Noise {
 
   template <class RowOf>
   void set(Rows<RowOf>& rows) const {
-    rows.seed = static_cast<const int64_t*>(seed_.const_data_ptr());
+    rows.seed = seed_.is_cpu() ? nullptr : static_cast<const int64_t*>(seed_.const_data_ptr());
+    rows.seed_value = seed_value_;
     rows.token_magnitude =
         token_magnitude_ ? static_cast<const float*>(token_magnitude_->const_data_ptr()) : nullptr;
     rows.magnitude = magnitude_;
@@ -59,6 +64,7 @@ class Noise {
  private:
   NoiseKind kind_;
   Tensor seed_;
+  int64_t seed_value_ = 0;
   std::optional<Tensor> token_magnitude_;
   float magnitude_;
   uint32_t stream_;

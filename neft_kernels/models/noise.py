@@ -18,6 +18,7 @@ from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
 from neft_kernels.models.state import ModelNoise
+from neft_kernels.models.strength import LookUp, described_ratio, measured_rms, rms_of_noise, root
 from neft_kernels.ops.backends import choose_backend, logger
 from neft_kernels.ops.magnitude import noise_magnitude
 
@@ -45,13 +46,25 @@ class EmbeddingNoise:
         self.last_magnitude: float | Tensor | None = None
         self.note = ""
         self.last_device: str | None = None  # its device type, such as "cuda"
+        #: The root mean square of the embeddings: for scale_by="rms", measured in the first pass with noise.
+        self.rms: float | None = None
+        #: That of a recent batch, as :meth:`LookUp.squares` has it, and the number of batches so far.
+        self._squares: Tensor | None = None
+        self._batches = 0
         #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
         self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_magnitude": None, "note": "", "last_device": None, "was_fused": None}
+        return {
+            **self.__dict__,
+            "last_magnitude": None,
+            "note": "",
+            "last_device": None,
+            "was_fused": None,
+            "_squares": None,
+        }
 
     # --- on or off ---
 
@@ -109,8 +122,7 @@ class EmbeddingNoise:
     def add(
         self,
         op: Callable[..., Tensor],
-        ids: Tensor,
-        embedding_dim: int,
+        look_up: LookUp,
         part: "Part | None",
         groups: "Sequence[ProcessGroup]",
         arguments: dict[str, Tensor | None],
@@ -119,13 +131,14 @@ class EmbeddingNoise:
 
         Args:
             op: is called with the keyword arguments ``magnitude``, ``seed``, ``stream`` and ``backend``.
-            ids: ``[..., l]``, the token ids. Their values count only where a model rearranges them.
-            embedding_dim: the width of the embedding.
-            part: the part that `ids` are of whole rows. None: they are whole rows.
+            look_up: the embeddings that `op` adds the noise to. The values of its ids count only where a model rearranges
+                them.
+            part: the part that the ids are of whole rows. None: they are whole rows.
             groups: the process groups over which the table is sharded.
             arguments: those of :func:`neft_kernels.noise_magnitude` about the sequences. Without any, those of the model's
                 forward pass are used.
         """
+        ids = look_up.ids
         if ids.is_nested:
             raise TypeError(
                 "input_ids is a nested tensor, which has no noise yet; pad it, or pack it and pass cu_seq_lens"
@@ -138,9 +151,7 @@ class EmbeddingNoise:
         first = self.first_passes.recall(ids, state) if in_backward() else None
         first = None if first is OFF else first
         # 1. How strong the noise of each token is.
-        magnitude, note = (
-            self._magnitude(ids, embedding_dim, part, arguments) if first is None else (first[0], self.note)
-        )
+        magnitude, note = self._magnitude(look_up, part, groups, arguments) if first is None else (first[0], self.note)
         # 2. Which noise: the ranks of a replica share it. A recomputed pass draws too, so that what follows draws the same.
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
         seed = seed if first is None else first[1]
@@ -148,56 +159,73 @@ class EmbeddingNoise:
         out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
-            self._record(ids, magnitude, note)
+            self._record(look_up, magnitude, note)
             if first is None:
                 self.first_passes.remember(ids, state, (magnitude, seed))
         return out
 
     def _magnitude(
-        self, ids: Tensor, embedding_dim: int, part: "Part | None", arguments: dict[str, Any]
+        self, look_up: LookUp, part: "Part | None", groups: "Sequence[ProcessGroup]", arguments: dict[str, Any]
     ) -> tuple[float | Tensor, str]:
-        """The magnitude of each token of `ids`, and a note if it deviates from the options."""
-        options = self.shared.options
+        """The magnitude of each token of a look-up, and a note if it deviates from the options."""
+        options, ids = self.shared.options, look_up.ids
         given, note = ids, ""
         if not arguments:
             batch = self.shared.passes.batch
             given, arguments, note = batch.about(ids, None if part is None else part.length, options)
-            if batch is EMPTY_BATCH and self.shared.is_shared and options.scale_by == "sequence":
+            if batch is EMPTY_BATCH and self.shared.is_shared and options.scale_by != "batch":
                 note = (
                     "the embedding was called outside of the model's forward, so the padded length is used; pass the mask, as "
                     "in model.get_input_embeddings()(input_ids, attention_mask=attention_mask)"
                 )
         if part is not None:
             given, arguments = part.whole_rows(given, arguments, options)
-        compute = functools.partial(
-            noise_magnitude,
-            embedding_dim=embedding_dim,
-            alpha=self.shared.alpha_on(ids.device),
-            scale_by=options.scale_by,
-            noise_on=options.noise_on,
-            backend=options.backend,
-        )
-        magnitude = compute(given, **arguments)
-        if part is not None:
-            return part.of(magnitude), note
-        if given is not ids:
-            magnitude = rearrange(magnitude, given, ids, compute(ids) if options.noise_on == "all" else 0.0)
-        return magnitude, note
 
-    def _record(self, ids: Tensor, magnitude: float | Tensor, note: str) -> None:
+        def of_tokens(alpha: float | Tensor, rms: float | None) -> float | Tensor:
+            compute = functools.partial(
+                noise_magnitude,
+                embedding_dim=look_up.embedding_dim,
+                alpha=alpha,
+                scale_by=options.scale_by,
+                rms=rms,
+                noise_on=options.noise_on,
+                backend=options.backend,
+            )
+            magnitude = compute(given, **arguments)
+            if part is not None:
+                return part.of(magnitude)
+            if given is ids:
+                return magnitude
+            return rearrange(magnitude, given, ids, compute(ids) if options.noise_on == "all" else 0.0)
+
+        rms = self.rms
+        if options.scale_by == "rms" and rms is None:
+            names = tuple(group.group_name for group in groups)
+            rms = measured_rms(ids, look_up.table, look_up.output, of_tokens(1.0, 1.0), names)
+            self.rms = rms or None  # 0.0 if no token of this batch has noise
+        return of_tokens(self.shared.alpha_on(ids.device), rms), note
+
+    def _record(self, look_up: LookUp, magnitude: float | Tensor, note: str) -> None:
         """Keeps what ``describe`` reports. Logs the first batch."""
-        is_first = self.last_magnitude is None
+        ids, is_first = look_up.ids, self.last_magnitude is None
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
-        if is_first and logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
+        self._batches += 1
+        if _is_capturing(ids):
+            return
+        if self._batches.bit_count() == 1:  # now and then: after 1, 2, 4, 8 ... batches
+            self._squares = look_up.squares(magnitude)
+        if is_first and logger.isEnabledFor(logging.INFO):
             low, high = self.bounds() or (0.0, 0.0)
+            ratio = self.ratio()
             logger.info(
-                "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s",
+                "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s%s",
                 self.name,
                 self.shared.alpha.now(),
                 self.shared.options.scale_by,
                 choose_backend(ids.device.type, self.shared.options.backend),
                 low,
                 high,
+                "" if ratio is None else f", {described_ratio(ratio)}",
                 f" ({note})" if note else "",
             )
 
@@ -208,6 +236,15 @@ class EmbeddingNoise:
             return None if last is None else (last, last)
         noisy = last[last > 0]
         return (noisy.min().item(), noisy.max().item()) if noisy.numel() else (0.0, 0.0)
+
+    def ratio(self) -> float | None:
+        """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
+        if self.last_magnitude is None or self._squares is None:
+            return None
+        of_noise, of_embeddings = rms_of_noise(self.last_magnitude), root(self._squares)
+        if not of_noise:
+            return 0.0
+        return of_noise / of_embeddings if of_embeddings else None
 
 
 def _other_noise_is_on(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """What the user chooses: the options of the noise, and alpha as a number or a schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from neft_kernels.models.sharding import Group
 
 __all__ = ["AlphaSchedule", "NoiseOptions"]
+
+#: The arguments of a model's forward that may have other names there.
+RENAMABLE = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens", "labels")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class NoiseOptions:
     sequence_group: "Group | None" = None
     sequence_layout: str = "contiguous"
     under_no_grad: bool = False
+    argument_names: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("scale_by", self.scale_by, SCALES)
@@ -50,6 +54,13 @@ class NoiseOptions:
             raise ValueError(f"sequence_layout={self.sequence_layout!r} needs a sequence_group")
         if not isinstance(self.under_no_grad, bool):
             raise TypeError(f"under_no_grad must be a bool, not {type(self.under_no_grad).__name__}")
+        if self.argument_names is not None:
+            if not isinstance(self.argument_names, Mapping):
+                raise TypeError(f"argument_names must be a dict, not {type(self.argument_names).__name__}")
+            for name, theirs in self.argument_names.items():
+                check_choice("a key of argument_names", name, RENAMABLE)
+                if not isinstance(theirs, str):
+                    raise TypeError(f"argument_names[{name!r}] must be a str, not {type(theirs).__name__}")
 
 
 class AlphaSchedule:
@@ -73,15 +84,21 @@ class AlphaSchedule:
         else:
             check_alpha(value)
 
-    def set(self, value: float | Callable[[int], float], step: int | None = None) -> None:
-        """Changes alpha. `step` fixes the step of a schedule until the next call. If None, forward passes are counted."""
+    def set(
+        self, value: float | Callable[[int], float], step: int | None = None, device: torch.device | None = None
+    ) -> None:
+        """Changes alpha. `step` fixes the step of a schedule until the next call. If None, forward passes are counted.
+
+        `device` is that of the table. Beside it, alpha does not cut a compiled graph into two CUDA graphs.
+        """
         at = self.step if step is None else step
         now = value(at) if callable(value) else value
         check_alpha(now)
         self.value, self.is_function = value, callable(value)
         self.step, self.counts_passes, self.has_begun = at, step is None, self.has_begun and step is None
-        if self.tensor is None:
-            self.tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        place = device if device is not None and device.type in ("cuda", "xpu") else torch.device("cpu")
+        if self.tensor is None or self.tensor.device != place:
+            self.tensor = torch.zeros((), dtype=torch.float64, device=place)
         self.tensor.fill_(now)
 
     def count_pass(self) -> None:

@@ -21,6 +21,7 @@ from neft_kernels.models.lookups import input_embeddings
 from neft_kernels.ops.backends import logger
 
 if TYPE_CHECKING:
+    from neft_kernels.models.options import NoiseOptions
     from neft_kernels.models.state import ModelNoise
 
 __all__ = ["BatchHook", "PassStack", "in_backward", "modules_around", "parameters_of_forward"]
@@ -127,6 +128,8 @@ class BatchHook:
         self.shared = shared
         self.parameters = parameters_of_forward(module)
         self.positional = parameters_of_forward(module, positional=True)
+        #: The names that this model's forward has for arguments that it calls differently.
+        self.names = own_names(shared.options)
         self.warned: set[str] = set()
         # transformers' class of caches, if it is imported; a model of transformers has imported it.
         self.cache_class: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
@@ -147,9 +150,11 @@ class BatchHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Reads the arguments, and pushes the batch that they describe."""
         given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
-        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping) and "input_ids" in value]
+        ids_name = self.names.get("input_ids", "input_ids")
+        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping) and ids_name in value]
         if len(mappings) == 1:  # the batch, as sentence-transformers passes it on to its modules
             given |= mappings[0]
+        given |= {name: given[own] for name, own in self.names.items() if given.get(own) is not None}
         has_cache = any(self._is_cache(name, value) for name, value in given.items())
         given = {name: _readable(value) for name, value in given.items()}
         passes = self.shared.passes
@@ -237,16 +242,43 @@ class BatchHook:
             logger.warning(message)
 
 
-def modules_around(model: nn.Module, embeddings: list[nn.Module]) -> list[nn.Module]:
-    """`model`, and the modules between it and its embeddings whose arguments say something about the batch."""
+def own_names(options: "NoiseOptions") -> dict[str, str]:
+    """``argument_names`` by the names that transformers uses."""
+    names = dict(options.argument_names or {})
+    if "cu_seq_lens" in names:
+        names["cu_seq_lens_q"] = names.pop("cu_seq_lens")
+    return names
+
+
+def modules_around(model: nn.Module, embeddings: list[nn.Module], options: "NoiseOptions") -> list[nn.Module]:
+    """`model`, and the modules between it and its embeddings whose arguments say something about the batch.
+
+    Raises:
+        ValueError: no forward of these modules takes an argument that ``argument_names`` names.
+    """
+    own = set(own_names(options).values())
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module in embeddings]
     paths = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     found = [model]
     for path in sorted(paths):
         module = model.get_submodule(path)
-        if module not in found and _ARGUMENTS.intersection(parameters_of_forward(module)):
+        if module not in found and (_ARGUMENTS | own).intersection(parameters_of_forward(module)):
             found.append(module)
+    _check_own_names(own_names(options), found)
     return found
+
+
+def _check_own_names(names: dict[str, str], around: list[nn.Module]) -> None:
+    parameters = [each for module in around for each in inspect.signature(module.forward).parameters.values()]
+    known = dict.fromkeys(each.name for each in parameters)
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    if takes_any or names.get("input_ids", "input_ids") not in known:  # the batch may be given as a dictionary
+        return
+    for own in names.values():
+        if own not in known:
+            raise ValueError(
+                f"argument_names names {own!r}, which no forward of the model takes; they take {', '.join(known)}"
+            )
 
 
 def _readable(value: Any) -> Any:

@@ -8,7 +8,7 @@ forward hook adds the noise to its output. Hooks on the modules around the embed
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
@@ -40,6 +40,7 @@ def replace_embeddings(
     sequence_group: "Group | None" = None,
     sequence_layout: str = "contiguous",
     under_no_grad: bool = False,
+    argument_names: Mapping[str, str] | None = None,
 ) -> Model:
     """Makes the token embeddings of `model` noisy while it trains (NEFTune, arXiv 2310.05914), in place.
 
@@ -54,7 +55,8 @@ def replace_embeddings(
             alpha. :func:`set_alpha` changes it at any time.
         scale_by: "sequence" scales by each sequence's true length, from ``attention_mask``, ``position_ids`` or
             ``cu_seq_lens_q`` where the model is given them, and leaves padding alone; "batch" scales by the padded length,
-            as the Hugging Face hook does.
+            as the Hugging Face hook does; with "rms" `alpha` is itself the ratio of the noise to the embeddings, such as 0.05,
+            as root mean squares, whatever the length. The embeddings are measured in the first pass in training.
         noise_on: "all" tokens, or those of the "prompt" or of the "completion" only, as the ``labels`` that the model is
             given tell them apart (-100 is prompt); decoder-only models.
         stream: which of the noise streams under one seed; None: one for each data-parallel replica, so that replicas that are
@@ -69,6 +71,8 @@ def replace_embeddings(
             twice under one state of the random number generator, first without gradients: GradCache, the cached losses of
             sentence-transformers, reentrant activation checkpointing around the embedding. Both passes then have the same
             noise. The default leaves the reference and rollout passes of DPO, KTO and GRPO without noise.
+        argument_names: for a model whose forward has its own names for ``input_ids``, ``attention_mask``, ``position_ids``,
+            ``cu_seq_lens`` or ``labels``: its name of each, as ``{"attention_mask": "mask", "position_ids": "input_pos"}``.
 
     Returns:
         `model` itself.
@@ -78,7 +82,9 @@ def replace_embeddings(
             noisy; the model is then unchanged.
         RuntimeError: the backend asked for cannot run here.
     """
-    options = NoiseOptions(scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad)
+    options = NoiseOptions(
+        scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad, argument_names
+    )
     noise = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
     embeddings, note = token_embeddings(model)
     if noise_on != "all" and is_encoder_decoder(model):
@@ -87,6 +93,7 @@ def replace_embeddings(
         for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
             choose_backend(device, backend)
 
+    around = modules_around(model, embeddings, options)
     names = {module: name for name, module in model.named_modules()}
     before = _noise_of(model)
     check_unshared(model)
@@ -99,7 +106,7 @@ def replace_embeddings(
     logger.info("%s: noise goes into %s", type(model).__name__, ", ".join(names[module] for module in embeddings))
     if note:
         logger.warning("%s: %s", type(model).__name__, note)
-    for module in modules_around(model, embeddings):
+    for module in around:
         BatchHook(noise, module).attach(module)
     return model
 
@@ -227,8 +234,8 @@ def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: 
     Raises:
         TypeError, ValueError: `alpha` is no number >= 0, or `model` has no noisy embeddings.
     """
-    found = _noise_of(model)
+    found = {noise.shared: module for _, module, noise in noisy_modules(model)}
     if not found:
         raise ValueError("model has no noisy embeddings; call replace_embeddings(model) first")
-    for each in found:
-        each.alpha.set(alpha, step)
+    for each, module in found.items():
+        each.alpha.set(alpha, step, device=next((table.device for table in module.parameters()), None))

@@ -42,9 +42,17 @@ class Coverage:
 
 
 class ModelNoise:
-    """The options of a model's noise, and the state of the run."""
+    """The options of a model's noise, and the state of the run.
+
+    Raises:
+        ValueError: alpha is above 1, although `scale_by` makes it the ratio of the noise to the embeddings.
+    """
 
     def __init__(self, options: NoiseOptions, alpha: AlphaSchedule, is_shared: bool = False) -> None:
+        if options.scale_by == "rms" and alpha.now() > 1:
+            raise ValueError(
+                f'with scale_by="rms" alpha is the ratio of the noise to the embeddings, such as 0.1, not {alpha.now():g}'
+            )
         self.options, self.alpha = options, alpha
         #: True if shared by all embeddings of a model; False if it belongs to one embedding that was built noisy.
         self.is_shared = is_shared
@@ -79,7 +87,7 @@ class ModelNoise:
                 "use NEFTuneCallback, or set_alpha(..., step=...)"
             )
         if is_compiling and alpha.tensor is not None:
-            return alpha.tensor.to(device)
+            return alpha.tensor if alpha.tensor.device == device else alpha.tensor.to(device)
         return alpha.now()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelNoise":

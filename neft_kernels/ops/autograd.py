@@ -10,8 +10,9 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import choose_backend
 from .registration import OVERLOADS, library
+from .seed import draw_seed
 
-__all__ = ["NoisyEmbedding", "add_noise", "draw_seed", "noisy_embedding"]
+__all__ = ["NoisyEmbedding", "add_noise", "noisy_embedding"]
 
 
 class _OpFunction(torch.autograd.Function):
@@ -158,8 +159,8 @@ def noisy_embedding(
         noise: "uniform": in (-1, 1), as in NEFTune. "sign": 1 or -1, each as likely, as in SymNoise. "gaussian": normally
             distributed to within 0.004 standard deviations, and never beyond 5.3 of them. The root mean square is 1/sqrt(3)
             for "uniform" and "gaussian", and 1 for "sign".
-        seed: an int64 tensor of one element on the device, or an int. None draws a seed from the device's default generator.
-            The same seed gives the same noise on every backend and device.
+        seed: an int64 tensor of one element, on the device or on the CPU, or an int. None draws a seed from the device's
+            default generator. The same seed gives the same noise on every backend and device.
         stream: in [0, 2**32). Replicas that share a seed use different streams.
         first_token: the number of the first token, for callers that hold a part of a batch.
         padding_idx, scale_grad_by_freq, sparse: as in :func:`torch.nn.functional.embedding`. They affect the gradient only.
@@ -229,8 +230,3 @@ def add_noise(
     if forward_ad._current_level >= 0:
         return _with_tangent(op(embeds.detach(), *args), embeds)
     return _call(AddNoise, embeds, op, embeds, *args)
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed from the default generator of `device`, int64 ``[1]``. The host does not wait for it."""
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)

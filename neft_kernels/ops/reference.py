@@ -34,6 +34,8 @@ backend.
     does the same in float64. Where ``m == 0`` the row is returned unchanged, bit for bit.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -64,14 +66,16 @@ PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, table 2
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, the per-round key increments
 
+Word = TypeVar("Word", Tensor, int)
+
 _WORD_MASK = 0xFFFFFFFF
 _MAX_BLOCKS_AT_ONCE = 1 << 20  # bounds the int64 temporaries to about 100 MB
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
     """Philox4x32-10: four counter words and two key words in, four random words out.
 
-    Words are int64 tensors holding values in [0, 2**32), of any mutually broadcastable shapes.
+    Words are ints in [0, 2**32), or int64 tensors of such values, of any mutually broadcastable shapes.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -4,13 +4,16 @@ A Philox call gives 16 bytes of random words: the noise of 8 columns in half pre
 in fp64. So the unit of work is a vector of 16 bytes of a row, which is also the widest load and store of a GPU thread:
 what a thread draws is what it adds to what it has loaded, nothing moves between threads, and no shared memory is used.
 
-A program writes a tile of ``ROWS`` tokens by ``VECTORS`` vectors. The arithmetic is that of
+A program writes a tile of ``ROWS`` tokens by ``VECTORS`` vectors, and each thread four vectors of it. If they are of one row,
+its id, its address and the first words of its counters are computed once. Programs of the same rows follow on each other, so
+that whole rows are read and written at about the same time. The arithmetic is that of
 :mod:`neft_kernels.ops.reference`, and the kernel is launched without floating-point fusion, because the product and the sum
 round separately. ``tools/check_gpu.py`` looks at the machine code for all of this.
 """
 
 import contextlib
 import functools
+import struct
 from typing import Any
 
 import torch
@@ -23,9 +26,11 @@ from .reference import GAUSSIAN, SIGN, UNIFORM
 
 __all__ = ["add_noise", "noisy_embedding"]
 
-# Of a program: four vectors for each thread. benchmarks/tune_gpu.py tries others.
+# The largest tile, and its warps. benchmarks/tune_gpu.py tries others.
 TILE_VECTORS = 512
 NUM_WARPS = 4
+# Whether tiles that are narrower, but not too narrow for a warp, have one row and fewer warps, rather than several rows.
+ONE_ROW = True
 # Registers of a thread. Without a limit ptxas uses fewer, and delays three of the four loads until the first vector is done.
 MAX_REGISTERS = 80
 MAX_GRID_Y = 65535
@@ -125,14 +130,17 @@ def _round_to(value, dtype: tl.constexpr):
     return rounded
 
 
-# The kernel is not specialized on the values of numbers. Whatever changes the code is a constant.
-@triton.jit(do_not_specialize=range(5, 13))
+# The kernel is not specialized on the values of numbers. Whatever changes the code is a constant. So a captured CUDA graph,
+# whose seeds are on the device, launches the kernel that was compiled for seeds that are given by value.
+@triton.jit(do_not_specialize=range(5, 15))
 def noisy_rows_kernel(
     out,  # [T, D], contiguous
     rows,  # [num_rows, D]
     input_ids,  # [T], contiguous: the row of each token; None: row t for token t
-    seed,  # [1]
+    seed,  # [1]; a null pointer: it is given by its halves, which are 0 otherwise
     token_magnitude,  # [T], contiguous; None: every token gets `magnitude`
+    seed_low,
+    seed_high,
     magnitude,
     stream,
     first_token,
@@ -154,8 +162,9 @@ def noisy_rows_kernel(
     if CONTIGUOUS:
         column_stride = 1
 
-    tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column_tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    column_tile = tl.program_id(0)
+    row_tile = tl.program_id(1) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
+    tokens = row_tile * ROWS + tl.arange(0, ROWS)
     vectors = column_tile * VECTORS + tl.arange(0, VECTORS)
     first_column = column_tile.to(tl.int64) * COLUMNS
     columns = tl.arange(0, COLUMNS)  # from the first one of the tile
@@ -178,7 +187,9 @@ def noisy_rows_kernel(
 
     source = (rows + row * row_stride + first_column * column_stride)[:, None]
     w = tl.load(source + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
-    noise = _noise(first_token + tokens, vectors, tl.load(seed), stream, dtype, NOISE)
+    given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
+    seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
+    noise = _noise(first_token + tokens, vectors, seed, stream, dtype, NOISE)
     wide = _widen(w)
     noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), dtype)
 
@@ -189,8 +200,11 @@ def noisy_rows_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, int]]:
-    """ROWS, VECTORS and the rest of the grid: the widest tile among those that leave the fewest threads without work."""
+def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, int, int]:
+    """ROWS, VECTORS, the warps of a program, and the number of tiles in a row.
+
+    It is the widest tile among those that leave the fewest threads without work.
+    """
     vectors_of_row = -(-embedding_dim * element_size // 16)
     if vectors_of_row <= 32:
         vectors = triton.next_power_of_2(vectors_of_row)
@@ -198,8 +212,22 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
         halved = (TILE_VECTORS >> times for times in range(TILE_VECTORS.bit_length()))
         widths = [width for width in halved if width >= 32]
         vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
-    column_tiles = -(-vectors_of_row // vectors)
-    return TILE_VECTORS // vectors, vectors, (min(column_tiles, MAX_GRID_Y), -(-column_tiles // MAX_GRID_Y))
+    tiles = -(-vectors_of_row // vectors)
+    vectors_of_warp = TILE_VECTORS // NUM_WARPS
+    if ONE_ROW and vectors >= vectors_of_warp:
+        return 1, vectors, vectors // vectors_of_warp, tiles
+    return TILE_VECTORS // vectors, vectors, NUM_WARPS, tiles
+
+
+def _grid(num_tokens: int, rows_of_tile: int, column_tiles: int) -> tuple[int, int, int]:
+    """The tiles of a row; and the tiles of rows, in as few parts as fit, which are equally large."""
+    row_tiles = -(-num_tokens // rows_of_tile)
+    parts = -(-row_tiles // MAX_GRID_Y)
+    return column_tiles, -(-row_tiles // parts), parts
+
+
+#: In place of a seed on the device: an empty tensor is a null pointer.
+_NO_SEED = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 #: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
@@ -212,10 +240,11 @@ def launch_kernel(
     tensors: tuple,
     numbers: tuple[int | float, ...],
     *constants: Any,
+    num_warps: int = NUM_WARPS,
     max_registers: int | None = None,
 ) -> None:
-    """Launches a kernel of `tensors`, `numbers` and `constants`. `max_registers` of a thread, on NVIDIA's GPUs, must follow
-    from the constants.
+    """Launches a kernel of `tensors`, `numbers` and `constants`. `num_warps`, and `max_registers` of a thread on NVIDIA's
+    GPUs, must follow from the constants.
 
     A compiled kernel is kept here, because Triton's own look-up takes longer than the launch. Triton says what the code
     depends on, which differs by backend: types, alignment, on AMD also whether 32 bits address all of a tensor. Triton's
@@ -223,7 +252,7 @@ def launch_kernel(
     """
     arguments = (*tensors, *numbers, *constants)
     with _device_of(tensors[0]):
-        options: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+        options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
         if _INTERPRETED:
             kernel[grid](*arguments, **options)
             return
@@ -268,11 +297,14 @@ def _noisy_rows(
         return out
     if num_rows == 0:
         return out.fill_(float("nan"))
+    # A seed on the CPU goes to a GPU by value.
+    by_value = seed.device != rows.device
+    halves = struct.unpack("<ii", struct.pack("<q", seed.item())) if by_value else (0, 0)
     tensors = (
         out,
         rows,
         None if input_ids is None else input_ids.contiguous(),
-        seed,
+        _NO_SEED if by_value else seed,
         None if token_magnitude is None else token_magnitude.contiguous(),
     )
     row_stride, column_stride = rows.stride()
@@ -285,15 +317,20 @@ def _noisy_rows(
         and rows.data_ptr() % 16 == 0
     )
     unit = columns_of_vector if is_aligned else 1
-    rows_of_tile, vectors, grid = _tile(embedding_dim, rows.element_size())
+    rows_of_tile, vectors, num_warps, column_tiles = _tile(embedding_dim, rows.element_size())
     numbers = (
-        *(magnitude, stream, first_token, num_tokens, num_rows),
+        *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
-    launch_grid = (-(-num_tokens // rows_of_tile), *grid)
     constants = (unit, column_stride == 1, rows_of_tile, vectors, noise)
     launch_kernel(
-        noisy_rows_kernel, launch_grid, tensors, numbers, *constants, max_registers=MAX_REGISTERS if unit > 1 else None
+        noisy_rows_kernel,
+        _grid(num_tokens, rows_of_tile, column_tiles),
+        tensors,
+        numbers,
+        *constants,
+        num_warps=num_warps,
+        max_registers=MAX_REGISTERS if unit > 1 else None,
     )
     return out
 

@@ -53,6 +53,7 @@ class Arguments(ctypes.Structure):
         ("stream", ctypes.c_uint32),
         ("guard_after", ctypes.c_int32),
         ("noise", ctypes.c_int32),
+        ("seed_by_value", ctypes.c_int32),
         ("few_threads", ctypes.c_int32),
         ("out", ctypes.c_void_p),
         ("times_written", ctypes.c_void_p),

@@ -98,6 +98,7 @@ struct Arguments {
   uint32_t stream;
   int32_t guard_after;     // memory faults right after its last byte, or else right before its first
   int32_t noise;           // a NoiseKind
+  int32_t seed_by_value;
   int32_t few_threads;     // a grid that needs several goes at a row, and the third dimension for rows
   void* out;
   uint8_t* times_written;  // for every byte of `out`
@@ -116,7 +117,8 @@ Rows<RowOf> rows_of(const Arguments& a, const void* storage, void* out, RowOf ro
           a.column_stride,
           a.num_tokens,
           a.num_columns,
-          static_cast<const int64_t*>(seed),
+          a.seed_by_value ? nullptr : static_cast<const int64_t*>(seed),
+          a.seed_by_value ? a.seed : 0,
           a.token_magnitude ? static_cast<const float*>(token_magnitude) : nullptr,
           a.magnitude,
           a.stream,
@@ -233,7 +235,7 @@ int emulate_last_row(const float* row, int64_t num_tokens, int64_t num_columns, 
   const size_t bytes = num_tokens * num_columns * sizeof(float);
   void* out = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (out == MAP_FAILED) return -1;
-  Rows<RowOfToken> rows{row, out, {}, 0, 1, num_tokens, num_columns, &seed, nullptr, magnitude, 0, 0};
+  Rows<RowOfToken> rows{row, out, {}, 0, 1, num_tokens, num_columns, &seed, 0, nullptr, magnitude, 0, 0};
   const LaunchPlan plan = plan_launch<Fp32>(rows);
   for (uint32_t y = 0; y < plan.grid.y; ++y)
     for_each(plan.threads, [&](Index thread) {
