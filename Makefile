@@ -40,7 +40,7 @@ test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Trit
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
-EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py noise_kinds.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
 	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu" \
@@ -111,6 +111,9 @@ gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show,
 randomness: $(INSTALLED)  ## is the noise random? appends to experiments/randomness/results; BATTERY=1: dieharder too
 	$(BIN)/python -m experiments.randomness.run
 	$(BIN)/python -m experiments.randomness.run --break all
+	$(BIN)/python -m experiments.randomness.gaussian
+	$(BIN)/python -m experiments.randomness.kinds
+	$(BIN)/python -m experiments.randomness.kinds --broken
 	$(BIN)/python -m experiments.randomness.rounding
 	$(if $(BATTERY),$(BIN)/python -m experiments.randomness.run --battery)
 
