@@ -30,8 +30,8 @@ def repositories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     built = hub_kernel.OPS / hub_kernel.EXTENSION
     extensions = {hub_kernel.platform.machine(): built.read_bytes()} if native.load("cpu")[0] is not None else {}
-    hub_kernel.lay_out(folder / "one", {}, version=1)
-    hub_kernel.lay_out(folder / "two", extensions, version=2)
+    hub_kernel.lay_out(folder / "one", {}, number=1)
+    hub_kernel.lay_out(folder / "two", extensions, number=2)
     return folder / "one", folder / "two"
 
 

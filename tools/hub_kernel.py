@@ -20,13 +20,12 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from neft_kernels import __version__
+from tools.release import ROOT, version
 
-ROOT = Path(__file__).resolve().parent.parent
 OPS = ROOT / "neft_kernels" / "ops"
 NAME = "neft-kernels"
 #: By convention 0 until the first stable release.
-VERSION = int(__version__.partition(".")[0])
+VERSION = int(version().partition(".")[0])
 #: Variants without an extension, and their backends.
 NOARCH = {"torch-cuda": "cuda", "torch-rocm": "rocm", "torch-xpu": "xpu", "torch-cpu": "cpu"}
 EXTENSION = "_C_cpu.abi3.so"
@@ -81,34 +80,34 @@ embeddings of a whole model noisy.
 """
 
 
-def lay_out(folder: Path, extensions: dict[str, bytes], version: int = VERSION) -> None:
+def lay_out(folder: Path, extensions: dict[str, bytes], number: int = VERSION) -> None:
     """Writes the repository to `folder`, which must not exist.
 
     Args:
         folder: the repository.
         extensions: the CPU extensions by machine, such as "x86_64".
-        version: the kernel's version.
+        number: the kernel's version.
     """
     for variant, backend in NOARCH.items():
-        write_variant(folder / "build" / variant, backend, version, {})
+        write_variant(folder / "build" / variant, backend, number, {})
     for machine, extension in extensions.items():
         variant = f"torch-stable-abi{STABLE_ABI}-cpu-{machine}-linux"
-        write_variant(folder / "build" / variant, "cpu", version, {EXTENSION: extension})
-    (folder / "README.md").write_text(CARD.replace("{version}", str(version)).replace("{package}", __version__))
+        write_variant(folder / "build" / variant, "cpu", number, {EXTENSION: extension})
+    (folder / "README.md").write_text(CARD.replace("{version}", str(number)).replace("{package}", version()))
     shutil.copy(ROOT / "LICENSE", folder)
 
 
-def write_variant(folder: Path, backend: str, version: int, binaries: dict[str, bytes]) -> None:
+def write_variant(folder: Path, backend: str, number: int, binaries: dict[str, bytes]) -> None:
     files = {path.name: path.read_bytes() for path in OPS.glob("*.py")} | binaries
     files["__init__.py"] += INIT.encode()
     files["layers.py"] = (ROOT / "tools" / "hub" / "layers.py").read_bytes()
     files[f"{NAME.replace('-', '_')}/__init__.py"] = OLD_INIT.encode()
     digests = {name: hashlib.sha256(content) for name, content in sorted(files.items())}
-    content = hashlib.sha256(f"{version} {backend}".encode() + b"".join(each.digest() for each in digests.values()))
+    content = hashlib.sha256(f"{number} {backend}".encode() + b"".join(each.digest() for each in digests.values()))
     metadata = {
         "name": NAME,
         "id": f"_neft_kernels_{backend}_{content.hexdigest()[:12]}",
-        "version": version,
+        "version": number,
         "license": "Apache-2.0",
         "python-depends": [],
         "backend": {"type": backend},
