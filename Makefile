@@ -78,7 +78,7 @@ DOCS_INSTALLED := $(DOCS)/.installed
 
 $(DOCS_INSTALLED): pyproject.toml constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" griffelib
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" griffelib ruff
 	touch $(DOCS_INSTALLED)
 
 docs: $(DOCS_INSTALLED)  ## the site, in build/site; a broken link or a missing docstring is an error

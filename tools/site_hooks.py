@@ -57,7 +57,8 @@ def with_links_of_site(text: str, path: str) -> str:
         return f"{opening}{posixpath.relpath(target, here or '.')}{mark}{anchor}{closing}"
 
     parts = re.split(f"({FENCE.pattern})", text, flags=FENCE.flags)
-    return "".join(part if part.startswith("```") else LINK.sub(moved, part) for part in parts)
+    text = "".join(part if part.startswith("```") else LINK.sub(moved, part) for part in parts)
+    return text.replace("<details>", '<details markdown="1">')  # whose contents are Markdown on GitHub without being told
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -104,8 +105,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Sphinx's roles in docstrings become links, and the colons before a block of code go."""
 
     def link(found: re.Match) -> str:
-        name = found.group(1)
-        return f'<autoref optional identifier="{name}"><code>{name.removeprefix("neft_kernels.")}</code></autoref>'
+        name = found.group(1).removeprefix("neft_kernels.")
+        target = name if name.startswith("torch.") else f"neft_kernels.{name}"
+        return f'<autoref optional identifier="{target}"><code>{name}</code></autoref>'
 
     return ROLE.sub(link, html).replace("<p>::</p>", "")
 
