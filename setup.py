@@ -125,6 +125,17 @@ def extensions() -> dict:
             modules.append(cuda)
 
     class BuildExtension(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            """torch checks first whether the C++ compiler is there and fits nvcc. That concerns the CUDA extension alone."""
+            try:
+                super().build_extensions()
+            except RuntimeError as error:
+                if wanted or self.extensions == [cpu]:
+                    raise
+                print(f"neft_kernels: the CUDA extension is left out: {error}", file=sys.stderr)
+                self.extensions = [cpu]
+                super().build_extensions()
+
         def build_extension(self, ext) -> None:
             """setuptools leaves out an optional extension at its own errors only, and ninja's failure is a RuntimeError."""
             try:

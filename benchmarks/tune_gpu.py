@@ -39,7 +39,7 @@ VECTORS_OF_THREAD = range(1, 17)
 REGISTERS = (None, 64, 80)  # the most that a thread may have; None: ptxas decides
 CHECKED_TOKENS = 512  # the first ones, against the reference
 
-Tile = tuple[int, int, int | None]  # vectors, warps, registers
+Tile = tuple[int, int, int | None, bool]  # vectors, warps, registers, whether narrower tiles have one row
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def launched_as(tile: Tile) -> Iterator[None]:
         triton_noise._tile.cache_clear()
 
 
-_CONSTANTS = ("TILE_VECTORS", "NUM_WARPS", "MAX_REGISTERS")
+_CONSTANTS = ("TILE_VECTORS", "NUM_WARPS", "MAX_REGISTERS", "ONE_ROW")
 _compiled_for: dict[Tile, dict[tuple, Any]] = {}
 
 
@@ -76,12 +76,18 @@ def measure(shape: Shape, distribution: str, ceiling: float, rounds: int, timer:
     head = ids[:, :CHECKED_TOKENS]
     expected = noisy_embedding(head, weight, 0.1, seed=seed, backend="reference")
     calls: dict[str, Callable[[], Any]] = {"F.embedding": lambda: torch.nn.functional.embedding(ids, weight)}
-    for tile in itertools.product(TILES, WARPS, REGISTERS):
+    programs = set()
+    for tile in itertools.product(TILES, WARPS, REGISTERS, (True, False)):
         if tile[0] // (32 * tile[1]) not in VECTORS_OF_THREAD:
             continue
+        with launched_as(tile):
+            program = (tile[2], *triton_noise._tile(shape.embedding_dim, shape.dtype.itemsize))
+        if program in programs:
+            continue
+        programs.add(program)
         call = functools.partial(forward, tile, ids, weight, seed)
         assert torch.equal(call()[:, :CHECKED_TOKENS], expected), f"{tile} differs from the reference"
-        calls["{} vectors, {} warps, registers {}".format(*tile)] = call
+        calls["{1} x {2} vectors, {3} warps, registers {0}".format(*program)] = call
     behind: list[str] = []
     times = interleaved(calls, rounds, timer, behind)
     floor = PASSES["ours"] * shape.elements * shape.dtype.itemsize / ceiling * 1e3

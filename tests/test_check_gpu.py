@@ -1,5 +1,6 @@
 """Contract: the kernels pass tools/check_gpu.py, and each of its guards fails when what it guards against happens."""
 
+import itertools
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from neft_kernels.ops.reference import NOISES
 
 ROOT = Path(__file__).parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
@@ -24,8 +27,8 @@ def test_kernels_pass():
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     for source in ("triton", "cuda") if HAS_NVCC else ("triton",):
-        for op in ("noisy_embedding", "add_noise"):
-            assert re.search(rf"sm_90 +{source} +{op} +bfloat16 +16 bytes .* 128:4 .* 0\n", result.stdout)
+        for op, noise in itertools.product(("noisy_embedding", "add_noise"), NOISES):
+            assert re.search(rf"sm_90 +{source} +{op} +bfloat16 +{noise} +16 bytes .* 128:4 .* 0\n", result.stdout)
     assert re.search(r"gfx942 +triton +noisy_embedding +bfloat16", result.stdout)
 
 
@@ -156,20 +159,35 @@ def test_each_guard_alone(tool, sentence):
 @pytest.mark.parametrize(
     ("embedding_dim", "element_size", "expected"),
     [
-        (4096, 2, (1, 512, (1, 1))),
-        (4096, 4, (1, 512, (2, 1))),
-        (5120, 2, (4, 128, (5, 1))),  # 640 vectors: two tiles of 512 would leave 384 without work
-        (768, 2, (16, 32, (3, 1))),
-        (1, 4, (512, 1, (1, 1))),
-        (2**31, 2, (1, 512, (65535, 9))),  # more tiles than the grid has in one dimension
+        (4096, 2, (1, 512, 4, 1)),
+        (4096, 4, (1, 512, 4, 2)),
+        (2048, 2, (1, 256, 2, 1)),
+        (1024, 2, (1, 128, 1, 1)),
+        (5120, 2, (1, 128, 1, 5)),  # 640 vectors: two tiles of 512 would leave 384 without work
+        (768, 2, (16, 32, 4, 3)),
+        (1, 4, (512, 1, 4, 1)),
+        (2**31, 2, (1, 512, 4, 2**19)),
     ],
 )
 def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
     from neft_kernels.ops import triton_noise
 
-    rows, vectors, grid = triton_noise._tile(embedding_dim, element_size)
-    assert (rows, vectors, grid) == expected
-    assert rows * vectors == triton_noise.TILE_VECTORS
+    rows, vectors, warps, tiles = triton_noise._tile(embedding_dim, element_size)
+    assert (rows, vectors, warps, tiles) == expected
+    assert rows * vectors == 4 * 32 * warps  # four vectors of each thread
+
+
+@pytest.mark.parametrize("num_tokens", [1, 65535, 65536, 70001, 2**31 + 5])
+def test_grids_of_the_triton_kernel(num_tokens):
+    """They keep to the limits, and less than one program in a thousand has nothing to do."""
+    from neft_kernels.ops import triton_noise
+
+    for rows_of_tile in (1, 16):
+        columns, y, z = triton_noise._grid(num_tokens, rows_of_tile, 3)
+        assert columns == 3
+        assert max(y, z) <= 65535
+        tiles = -(-num_tokens // rows_of_tile)
+        assert tiles <= y * z < tiles + max(1, tiles // 1000) + z
 
 
 AMDGCN = """

@@ -20,7 +20,7 @@ from gpu_doubles.emulated_gpu.driver import Window
 from helpers import independent
 from helpers.bits import equal_bits
 from helpers.devices import DTYPES, gpu
-from neft_kernels import noise_magnitude
+from neft_kernels import add_noise, noise_magnitude
 from neft_kernels.ops import reference, triton_magnitude, triton_noise
 
 SEED = torch.tensor([2**40 + 7])
@@ -45,17 +45,17 @@ def test_no_byte_is_moved_in_vain(dtype, width):
     assert launch.traffic.shared_bytes == 0
     assert launch.traffic.instructions["bar"] == 0
     # Besides, a warp reads a seed and, for each row that it has, an id and a magnitude: a sector each.
-    rows_of_tile, vectors, _ = triton_noise._tile(width, dtype.itemsize)
-    rows_of_warp = max(1, rows_of_tile * 32 // vectors) if vectors < 128 else rows_of_tile
-    warps = 4 * math.prod(launch.grid)
+    rows_of_tile, vectors, warps_of_tile, _ = triton_noise._tile(width, dtype.itemsize)
+    rows_of_warp = max(1, rows_of_tile * 32 // vectors)
+    warps = warps_of_tile * math.prod(launch.grid)
     beside = launch.traffic.sectors["load"] * SECTOR_BYTES - row_bytes
     assert 0 < beside <= warps * (1 + 2 * rows_of_warp) * SECTOR_BYTES
 
 
 def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
     """Runs `blocks` of a launch on `num_rows` rows, of which memory has those from element `first` on."""
-    rows_of_tile, vectors, grid = triton_noise._tile(width, 2)
-    launch_grid = (-(-num_rows // rows_of_tile), *grid)
+    rows_of_tile, vectors, num_warps, column_tiles = triton_noise._tile(width, 2)
+    launch_grid = triton_noise._grid(num_rows, rows_of_tile, column_tiles)
     gpu.blocks = blocks(launch_grid)
     try:
         triton_noise.noisy_rows_kernel[launch_grid](
@@ -64,9 +64,9 @@ def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
             ids,
             SEED,
             None,
-            *(0.1, 3, first_token, num_rows, num_rows, width // 8, width // 8, 1),
-            *(8, True, rows_of_tile, vectors),
-            num_warps=4,
+            *(0, 0, 0.1, 3, first_token, num_rows, num_rows, width // 8, width // 8, 1),
+            *(8, True, rows_of_tile, vectors, reference.UNIFORM),
+            num_warps=num_warps,
             enable_fp_fusion=False,
         )
     finally:
@@ -80,18 +80,18 @@ def test_more_than_two_to_the_31_elements():
     out = torch.full_like(rows, math.nan)
 
     def of_last_rows(grid):
-        return [y * grid[0] + x for y in range(grid[1]) for x in range(grid[0] - 2, grid[0])]
+        first = (num_rows - 2) * grid[0]  # programs have one row
+        return range(first, first + 2 * grid[0])
 
     launch_last(rows, out, num_rows, width, (num_rows - 2) * width, torch.arange(num_rows), 2**33, of_last_rows)
     assert equal_bits(out, reference.add_noise(rows, SEED, None, 0.1, 3, 2**33 + num_rows - 2))
 
 
 @pytest.mark.parametrize("width", [(1 << 29) + 8, (1 << 32) + 8])
-def test_more_columns_than_one_dimension_of_the_grid_has(width):
-    """The last piece of a row of so many columns lies in the third dimension."""
-    _, vectors, grid = triton_noise._tile(width, 2)
-    tile = (width - 1) // (vectors * 8)
-    assert tile >= grid[0] == 65535
+def test_more_columns_than_32_bits_count(width):
+    """The last piece of such a row."""
+    _, vectors, _, tiles = triton_noise._tile(width, 2)
+    tile = tiles - 1
     first = tile * vectors * 8
     rows = table(1, width - first, torch.bfloat16)
     out = torch.full_like(rows, math.nan)
@@ -142,7 +142,7 @@ def test_magnitudes_of_more_than_two_to_the_31_tokens():
 def test_fusing_is_noticed():
     """The guard of all comparisons: with Triton's own default the product and the sum would be one instruction."""
     rows, out = table(4, 64, torch.float32), torch.empty(4, 64)
-    arguments = (out, rows, None, SEED, None, 0.1, 0, 0, 4, 4, 16, 16, 1, 4, True, 32, 16)
+    arguments = (out, rows, None, SEED, None, 0, 0, 0.1, 0, 0, 4, 4, 16, 16, 1, 4, True, 32, 16, reference.UNIFORM)
     try:
         triton_noise.noisy_rows_kernel[(1, 1, 1)](*arguments, num_warps=4, enable_fp_fusion=True)
     except Unsupported:
@@ -202,6 +202,15 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
             out = triton_noise.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
             assert equal_bits(out, reference.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0))
     assert len(triton_noise._compiled) == len(asked) == len(launches) - 1
+
+
+def test_a_seed_by_value_needs_no_other_kernel(monkeypatch, stand_in):
+    """The first launch in a captured graph has its seed on the device. Then nothing may be compiled."""
+    monkeypatch.setattr(triton_noise, "_compiled", {})
+    rows = table(4, 64, torch.bfloat16).cuda()
+    for seed in (5, -1, 2**40, SEED, SEED.cuda()):
+        add_noise(rows, 0.1, seed=seed, backend="triton")
+    assert len(triton_noise._compiled) == 1
 
 
 class StubDriver:

@@ -87,12 +87,13 @@ def test_a_link_to_nowhere_is_found(tmp_path):
 
 
 def tiny_llama():
-    """A model, and a batch of 16 and of 4 tokens."""
+    """A model with embeddings of the width and the size of SmolLM2-135M's, and a batch of 256 and of 64 tokens."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 1000, "hidden_size": 576, "intermediate_size": 128, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, pad_token_id=0))
-    input_ids, attention_mask = torch.randint(1, 1000, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
-    input_ids[1, 4:] = attention_mask[1, 4:] = 0
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.136)
+    input_ids, attention_mask = torch.randint(1, 1000, (2, 256)), torch.ones(2, 256, dtype=torch.int64)
+    input_ids[1, 64:] = attention_mask[1, 64:] = 0
     return model.train(), {"input_ids": input_ids, "attention_mask": attention_mask}
 
 

@@ -315,6 +315,7 @@ def modules_built(monkeypatch, tmp_path):
         monkeypatch.setattr(setuptools, "setup", lambda **options: asked.append(options))
         monkeypatch.setenv("NEFT_KERNELS_BUILD", wanted)
         exec(compile(setup_py, "setup.py", "exec"), {"__name__": "__main__"})
+        ask.build_ext = asked[0].get("cmdclass", {}).get("build_ext")
         return {module.name.rpartition("_")[2]: module for module in asked[0].get("ext_modules", [])}
 
     return ask
@@ -325,6 +326,36 @@ def make_toolkit(home, libraries="lib64", major=13):
     for name in ("bin/nvcc", f"{libraries}/libcudart.so", f"{libraries}/libcudart.so.{major}"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).touch(mode=0o755)
+
+
+@pytest.mark.parametrize(("wanted", "built"), [("", ["cpu"]), ("1", None)])
+def test_a_compiler_that_does_not_fit_nvcc_leaves_out_the_cuda_extension_alone(
+    modules_built, tmp_path, monkeypatch, capsys, wanted, built
+):
+    import setuptools
+    from torch.utils import cpp_extension
+
+    make_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    modules = modules_built(wanted)
+    assert set(modules) == {"cpu", "cuda"}
+    tried = []
+
+    def torch_builds(command):  # as torch does, which compares the compiler with nvcc before it builds anything
+        tried.append([each.name.rpartition("_")[2] for each in command.extensions])
+        if "cuda" in tried[-1]:
+            raise RuntimeError("the compiler does not fit")
+
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", torch_builds)
+    build_ext = modules_built.build_ext(setuptools.Distribution())
+    build_ext.extensions = list(modules.values())
+    if built is None:
+        with pytest.raises(RuntimeError, match="does not fit"):
+            build_ext.build_extensions()
+    else:
+        build_ext.build_extensions()
+        assert tried == [["cpu", "cuda"], built]
+        assert "the CUDA extension is left out: the compiler does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from experiments.randomness import run as randomness
 from experiments.randomness.plan import PAIR_TESTS, RELATIONS, TESTS, Sizes, make_plan, related
 from experiments.randomness.sources import BEYOND_STATISTICS, BROKEN, Source, bits_of, broken
 from neft_kernels.ops import reference
-from neft_kernels.ops.autograd import draw_seed
 from neft_kernels.ops.registration import OVERLOADS
+from neft_kernels.ops.seed import draw_seed
 
 SIZES = Sizes(steps=1, tokens=1024, columns=640, pairs=64, pair_tokens=16, pair_columns=64)
 LEVEL = 1e-9 / (len(TESTS) + len(RELATIONS) * len(PAIR_TESTS))

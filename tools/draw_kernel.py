@@ -24,7 +24,8 @@ INK, FAINT, MEMORY, DRAW, SUM = "#1f2937", "#6b7280", "#dbeafe", "#fef3c7", "#dc
 def stages() -> list[tuple[str, str, list[str], str]]:
     """Title, explanation, the contents of the boxes, and their colour."""
     magnitude = ALPHA / math.sqrt(LENGTH * WIDTH)
-    words = philox4x32(tuple(map(torch.tensor, (0, TOKEN, 0, 0))), (torch.tensor(SEED), torch.tensor(0)))
+    zero = torch.tensor(0)
+    words = philox4x32((zero, torch.tensor(TOKEN), zero, zero), (torch.tensor(SEED), zero))
     seed = torch.tensor([SEED])
     u = uniform(torch.tensor([TOKEN]), 4, torch.float32, seed)[0]
     ids = torch.zeros(TOKEN + 1, dtype=torch.int64)

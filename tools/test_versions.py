@@ -32,6 +32,8 @@ MODEL_TESTS = ("modules", "huggingface", "situations", "checkpointing", "trainer
 #: Beside torch, and beside transformers.
 TEST_PACKAGES = ("setuptools>=77", "numpy", "scipy", "triton>=3.5", "pytest", "pytest-xdist", "hypothesis")
 MODEL_PACKAGES = ("trl", "peft", "accelerate", "datasets")
+#: For the tests with one version of torch alone: the interpreter of its Triton 3.6 fails with newer NumPys.
+PINNED = {"2.10.0": ("numpy<2.4",)}
 #: The versions that the table tells, beside those of Python and torch.
 SHOWN = ("triton", "transformers", "trl", "peft", "accelerate")
 
@@ -90,7 +92,7 @@ def test(torch: str, transformers: str | None, again: bool) -> None:
     name = f"torch {torch}" + (f", transformers {transformers}" if transformers else "")
     results = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     tests = MODEL_TESTS if transformers else OPS_TESTS
-    base, packages = ENVIRONMENTS / f"torch-{torch}", [f"torch=={torch}", *TEST_PACKAGES]
+    base, packages = ENVIRONMENTS / f"torch-{torch}", [f"torch=={torch}", *TEST_PACKAGES, *PINNED.get(torch, ())]
     environment = base
     of_transformers = [f"transformers=={transformers}", *MODEL_PACKAGES] if transformers else []
     inputs = hashlib.sha256(json.dumps([tests, packages, of_transformers]).encode())

@@ -33,7 +33,8 @@ struct Rows {
   int64_t row_stride, column_stride;  // of `in`, in elements
   int64_t num_tokens, num_columns;
 
-  const int64_t* seed;
+  const int64_t* seed;  // null: the seed is `seed_value`
+  int64_t seed_value;
   const float* token_magnitude;  // null: every token gets `magnitude`
   float magnitude;
   uint32_t stream;
@@ -113,7 +114,7 @@ NEFT_FUNCTION Place place_of(Index grid, Index threads, Index block, Index threa
           grid.y * threads.y * kBlocksPerWarp<Element>};
 }
 
-template <class Element, bool kAligned, class RowOf>
+template <class Element, NoiseKind kind, bool kAligned, class RowOf>
 NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
   using Block = ColumnBlock<Element>;
   using Bits = typename Block::Bits;
@@ -121,7 +122,7 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
   constexpr int64_t kStep = kLanes * Block::kColumns;  // columns from one block of the thread to the next
   if (place.token >= rows.num_tokens) return;
 
-  const Key key = make_key(*rows.seed);
+  const Key key = make_key(rows.seed ? *rows.seed : rows.seed_value);
   const int64_t token = rows.first_token + place.token, row = rows.row_of(place.token);
   const bool is_row = !RowOf::kMayBeNone || row >= 0;
   const float token_magnitude = rows.token_magnitude ? rows.token_magnitude[place.token] : rows.magnitude;
@@ -154,7 +155,7 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
         uint32_t words[4];
         set_counter(words, first + k * kLanes, token, rows.stream);
         philox4x32(words, key);
-        blocks[k].add_noise(magnitude, words);
+        blocks[k].template add_noise<kind>(magnitude, words);
       }
     } else if (!is_row) {
       for (Block& block : blocks) block.fill_with_nan();

@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 
 from neft_kernels.ops import reference
-from neft_kernels.ops.autograd import draw_seed
+from neft_kernels.ops.seed import draw_seed
 
 HERE = Path(__file__).parent
 COMMAND = ("dieharder", "-a", "-g", "200")  # all tests; raw words from stdin, which is never rewound

@@ -90,7 +90,7 @@ class Batch:
                 told[name] = value
             else:
                 unusable.append((name, value))
-        by_labels = self.is_decoder and options.scale_by == "sequence" and not told
+        by_labels = self.is_decoder and options.scale_by != "batch" and not told
         if by_labels and _tells("labels", self.labels, tokens, row_length):
             # Decoders usually get no mask. Collators pad labels with IGNORED_LABEL, so tokens up to the last label count.
             counts = (self.labels != IGNORED_LABEL).flip(-1).cumsum(-1).flip(-1) > 0

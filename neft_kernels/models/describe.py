@@ -8,6 +8,8 @@ from torch import nn
 from neft_kernels.models.embedding import NEFTuneEmbedding, is_wrapper
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.replace import noisy_modules
+from neft_kernels.models.strength import described_ratio
+from neft_kernels.models.switch import state as state_of
 from neft_kernels.ops.backends import choose_backend
 
 __all__ = ["EmbeddingReport", "Report", "describe"]
@@ -30,6 +32,7 @@ class EmbeddingReport:
     backend: str
     state: str  # "on", or why there is no noise at this moment
     last_magnitude: tuple[float, float] | None  # of the last noisy batch: smallest and largest, over tokens with noise
+    ratio: float | None  # of its noise to the embeddings: root mean squares, over tokens with noise
     note: str  # why the noise, of the last batch or at all, is not what was asked for
 
     def __str__(self) -> str:
@@ -39,6 +42,8 @@ class EmbeddingReport:
             last = f"last batch within +-{self.last_magnitude[1]:.3g}"
         else:
             last = f"last batch within +-{self.last_magnitude[0]:.3g} to {self.last_magnitude[1]:.3g} by sequence"
+        if self.ratio is not None:
+            last += f", {described_ratio(self.ratio)}"
         tokens = "" if self.noise_on == "all" else f" on the {self.noise_on}"
         stream = "of this replica" if self.stream is None else self.stream
         return (
@@ -74,7 +79,7 @@ def describe(model: nn.Module) -> Report:
 
 def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
     shared, options = noise.shared, noise.shared.options
-    state = noise.state(module)
+    state = state_of(noise, module)
     return EmbeddingReport(
         name=name or "(the model itself)",
         module=type(module).__name__,
@@ -86,8 +91,9 @@ def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingRep
         backend=choose_backend(noise.last_device or _device_type(module), options.backend),
         state="off: alpha is 0" if state == "on" and shared.alpha.now() == 0 else state,
         last_magnitude=noise.bounds(),
+        ratio=noise.ratio(),
         note="; ".join(
-            filter(None, (noise.standing_note, noise.note, shared.warning, MISSED if shared.coverage.missed else ""))
+            filter(None, (noise.standing_note, noise.note, shared.warning, MISSED if shared.reached.missed else ""))
         ),
     )
 

@@ -14,6 +14,8 @@ from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.passes import parameters_of_forward
 from neft_kernels.models.state import ModelNoise
+from neft_kernels.models.strength import LookUp, readable_table
+from neft_kernels.models.switch import is_on
 from neft_kernels.ops.autograd import add_noise, noisy_embedding
 
 __all__ = ["NEFTuneEmbedding", "NoiseHook", "is_wrapper"]
@@ -88,19 +90,19 @@ class NEFTuneEmbedding(nn.Embedding):
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return noise.add(op, input, self.embedding_dim, part, (), sequences) if noise.is_on(self, input) else plain()
+        return noise.add(op, LookUp(input, self.weight, part=part), sequences) if is_on(noise, self, input) else plain()
 
     def _forward_in_two_steps(
         self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
     ) -> Tensor:
         """The plain forward, then the noise on its output."""
-        if not noise.is_on(self, input):
+        if not is_on(noise, self, input):
             return plain()
         if not sharding.is_dtensor(self.weight):
-            return _add_to(plain(), noise, input, (), sequences)
+            return _add_to(plain(), self, noise, input, (), sequences)
         ids = input.full_tensor() if sharding.is_dtensor(input) else input  # type: ignore[attr-defined]
         groups = sharding.tensor_parallel_groups(self)
-        return sharding.add_to_whole(plain(), lambda embeds: _add_to(embeds, noise, ids, groups, sequences))
+        return sharding.add_to_whole(plain(), lambda embeds: _add_to(embeds, self, noise, ids, groups, sequences))
 
     def __prepare_scriptable__(self) -> nn.Embedding:
         """What torch.jit.script compiles in place of this module."""
@@ -154,18 +156,18 @@ class NoiseHook:
         ids: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds)
         if sharding.is_dtensor(ids):
             ids = ids.full_tensor()
-        if embeds.ndim < 2 or not noise.is_on(module, ids):
+        if embeds.ndim < 2 or not is_on(noise, module, ids):
             return output
         if sharding.is_dtensor(embeds):
-            noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, noise, ids, groups, sequences))
+            noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, module, noise, ids, groups, sequences))
         else:
             width = getattr(module, "embedding_dim", embeds.shape[-1])
             if len(groups) == 1 and embeds.shape[-1] != width:  # the output of a table that is sharded by columns
                 noisy = sharding.add_to_columns(
-                    embeds, width, groups[0], lambda wide: _add_to(wide, noise, ids, groups, sequences)
+                    embeds, width, groups[0], lambda wide: _add_to(wide, module, noise, ids, groups, sequences)
                 )
             else:
-                noisy = _add_to(embeds, noise, ids, groups, sequences)
+                noisy = _add_to(embeds, module, noise, ids, groups, sequences)
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
 
 
@@ -175,12 +177,13 @@ def _thread() -> int:
 
 def _add_to(
     embeds: Tensor,
+    module: nn.Module,
     noise: EmbeddingNoise,
     ids: Tensor,
     groups: Sequence[Any],
     sequences: dict[str, Tensor | None],
 ) -> Tensor:
-    """The noise of `ids` on `embeds` ``[..., l, D]``, of which a rank may hold a part.
+    """The noise of `ids` on `embeds` ``[..., l, D]``, which `module` returned, and of which a rank may hold a part.
 
     If `ids` have another shape than the tokens in `embeds`, as with several codebooks, they say nothing about the batch.
     """
@@ -191,4 +194,4 @@ def _add_to(
     if is_part and ids.shape != shape:  # the output of tensor parallelism with sequence parallelism
         part = sharding.part_of_output(part, tokens.shape[-1], shape[-1], groups[0])
     op = functools.partial(add_noise, embeds) if part is None else functools.partial(sharding.in_parts, part, embeds)
-    return noise.add(op, tokens, embeds.shape[-1], part, groups, sequences)
+    return noise.add(op, LookUp(tokens, readable_table(module, tokens, embeds), embeds, part, groups), sequences)

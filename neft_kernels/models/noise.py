@@ -1,7 +1,7 @@
-"""The noise of one embedding: on or off, its magnitude, its seed and stream, and the record for ``describe``.
+"""The noise of one embedding: its magnitude, its seed and stream, and the record for ``describe``.
 
-Every batch takes the same way, :meth:`EmbeddingNoise.add`, in four steps: the magnitude of the noise, its seed and stream, the
-op, and the record that ``describe`` reads.
+Every batch with noise takes the same way, :meth:`EmbeddingNoise.add`, in four steps: the magnitude of the noise, its seed and
+stream, the op, and the record that ``describe`` reads.
 """
 
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neft_kernels.models.batch import EMPTY_BATCH
 from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state
@@ -18,19 +18,14 @@ from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
 from neft_kernels.models.state import ModelNoise
+from neft_kernels.models.strength import LookUp, described_ratio, measured_rms, rms_of_noise, root
 from neft_kernels.ops.backends import choose_backend, logger
 from neft_kernels.ops.magnitude import noise_magnitude
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from neft_kernels.models.sharding import Part
-
-__all__ = ["HOOK_ATTRIBUTE", "EmbeddingNoise"]
-
-#: What transformers sets on an embedding that its own NEFTune hook is on, and the name of the hook.
-HOOK_ATTRIBUTE = "neftune_noise_alpha"
-HOOK_NAME = "neftune_post_forward_hook"
+__all__ = ["EmbeddingNoise"]
 
 
 class EmbeddingNoise:
@@ -45,102 +40,61 @@ class EmbeddingNoise:
         self.last_magnitude: float | Tensor | None = None
         self.note = ""
         self.last_device: str | None = None  # its device type, such as "cuda"
+        #: The root mean square of the embeddings: for scale_by="rms", measured in the first pass with noise.
+        self.rms: float | None = None
+        #: That of a recent batch, as :meth:`LookUp.squares` has it, and the number of batches so far.
+        self._squares: Tensor | None = None
+        self._batches = 0
         #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
         self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_magnitude": None, "note": "", "last_device": None, "was_fused": None}
+        return {
+            **self.__dict__,
+            "last_magnitude": None,
+            "note": "",
+            "last_device": None,
+            "was_fused": None,
+            "_squares": None,
+        }
 
-    # --- on or off ---
-
-    def state(self, module: nn.Module) -> str:
-        """ "on", or why `module` has no noise at this moment."""
-        shared = self.shared
-        if not module.training:
-            return "off: evaluation mode"
-        if not torch.is_grad_enabled() and not shared.options.under_no_grad:
-            return "off: gradients are disabled"
-        if shared.paused:
-            return "off: inside no_noise"
-        if shared.passes.batch.generating:
-            return "off: a cache is passed, so the model is generating"
-        if _other_noise_is_on(module):
-            return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
-        return "off: alpha is 0" if shared.alpha.is_always_zero() else "on"
-
-    def is_on(self, module: nn.Module, ids: Tensor) -> bool:
-        """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had."""
-        self.shared.coverage.reach()
-        self.warn_of_other_noise(module)
-        is_on = self.state(module) == "on"
-        if torch.compiler.is_compiling():
-            return is_on
-        if in_backward():
-            first = self.first_passes.recall(ids, generator_state(ids.device), exactly=not module.training)
-            if first is None:
-                return is_on
-            if first is OFF and is_on:
-                self._warn(
-                    "activation checkpointing recomputed a pass without noise, because its first run had none; if gradients "
-                    "were disabled in that, set under_no_grad=True, or checkpoint with use_reentrant=False"
-                )
-            return first is not OFF
-        if module.training and not is_on:
-            self.first_passes.remember(ids, generator_state(ids.device), OFF)
-        return is_on
-
-    def warn_of_other_noise(self, module: nn.Module) -> None:
-        """Says once that this noise is off because the Hugging Face hook is on."""
-        if _other_noise_is_on(module):
-            self._warn(
-                "the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise, so ours is off; "
-                "to use neft_kernels instead, unset it"
-            )
-
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Logs a warning, once."""
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             logger.warning("%s: %s", self.name, message)
 
-    # --- one batch ---
-
     def add(
         self,
         op: Callable[..., Tensor],
-        ids: Tensor,
-        embedding_dim: int,
-        part: "Part | None",
-        groups: "Sequence[ProcessGroup]",
+        look_up: LookUp,
         arguments: dict[str, Tensor | None],
     ) -> Tensor:
-        """The result of `op` with the noise of one batch. Call it only if :meth:`is_on`.
+        """The result of `op` with the noise of one batch. Call it only if :func:`~neft_kernels.models.switch.is_on`.
 
         Args:
             op: is called with the keyword arguments ``magnitude``, ``seed``, ``stream`` and ``backend``.
-            ids: ``[..., l]``, the token ids. Their values count only where a model rearranges them.
-            embedding_dim: the width of the embedding.
-            part: the part that `ids` are of whole rows. None: they are whole rows.
-            groups: the process groups over which the table is sharded.
+            look_up: the embeddings that `op` adds the noise to. The values of its ids count only where a model rearranges
+                them.
             arguments: those of :func:`neft_kernels.noise_magnitude` about the sequences. Without any, those of the model's
                 forward pass are used.
         """
+        ids = look_up.ids
         if ids.is_nested:
             raise TypeError(
                 "input_ids is a nested tensor, which has no noise yet; pad it, or pack it and pass cu_seq_lens"
             )
-        options = self.shared.options
+        options, groups = self.shared.options, list(look_up.groups)
         if options.sequence_group is not None:
-            groups = [*groups, *groups_of(options.sequence_group)]
+            groups += groups_of(options.sequence_group)
         is_compiling = torch.compiler.is_compiling()
         state = None if is_compiling else generator_state(ids.device)
         first = self.first_passes.recall(ids, state) if in_backward() else None
         first = None if first is OFF else first
         # 1. How strong the noise of each token is.
-        magnitude, note = (
-            self._magnitude(ids, embedding_dim, part, arguments) if first is None else (first[0], self.note)
-        )
+        magnitude, note = self._magnitude(look_up, groups, arguments) if first is None else (first[0], self.note)
         # 2. Which noise: the ranks of a replica share it. A recomputed pass draws too, so that what follows draws the same.
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
         seed = seed if first is None else first[1]
@@ -148,56 +102,73 @@ class EmbeddingNoise:
         out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
-            self._record(ids, magnitude, note)
+            self._record(look_up, magnitude, note)
             if first is None:
                 self.first_passes.remember(ids, state, (magnitude, seed))
         return out
 
     def _magnitude(
-        self, ids: Tensor, embedding_dim: int, part: "Part | None", arguments: dict[str, Any]
+        self, look_up: LookUp, groups: "Sequence[ProcessGroup]", arguments: dict[str, Any]
     ) -> tuple[float | Tensor, str]:
-        """The magnitude of each token of `ids`, and a note if it deviates from the options."""
-        options = self.shared.options
+        """The magnitude of each token of a look-up, and a note if it deviates from the options."""
+        options, ids, part = self.shared.options, look_up.ids, look_up.part
         given, note = ids, ""
         if not arguments:
             batch = self.shared.passes.batch
             given, arguments, note = batch.about(ids, None if part is None else part.length, options)
-            if batch is EMPTY_BATCH and self.shared.is_shared and options.scale_by == "sequence":
+            if batch is EMPTY_BATCH and self.shared.is_shared and options.scale_by != "batch":
                 note = (
                     "the embedding was called outside of the model's forward, so the padded length is used; pass the mask, as "
                     "in model.get_input_embeddings()(input_ids, attention_mask=attention_mask)"
                 )
         if part is not None:
             given, arguments = part.whole_rows(given, arguments, options)
-        compute = functools.partial(
-            noise_magnitude,
-            embedding_dim=embedding_dim,
-            alpha=self.shared.alpha_on(ids.device),
-            scale_by=options.scale_by,
-            noise_on=options.noise_on,
-            backend=options.backend,
-        )
-        magnitude = compute(given, **arguments)
-        if part is not None:
-            return part.of(magnitude), note
-        if given is not ids:
-            magnitude = rearrange(magnitude, given, ids, compute(ids) if options.noise_on == "all" else 0.0)
-        return magnitude, note
 
-    def _record(self, ids: Tensor, magnitude: float | Tensor, note: str) -> None:
+        def of_tokens(alpha: float | Tensor, rms: float | None) -> float | Tensor:
+            compute = functools.partial(
+                noise_magnitude,
+                embedding_dim=look_up.embedding_dim,
+                alpha=alpha,
+                scale_by=options.scale_by,
+                rms=rms,
+                noise_on=options.noise_on,
+                backend=options.backend,
+            )
+            magnitude = compute(given, **arguments)
+            if part is not None:
+                return part.of(magnitude)
+            if given is ids:
+                return magnitude
+            return rearrange(magnitude, given, ids, compute(ids) if options.noise_on == "all" else 0.0)
+
+        rms = self.rms
+        if options.scale_by == "rms" and rms is None:
+            names = tuple(group.group_name for group in groups)
+            rms = measured_rms(ids, look_up.table, look_up.output, of_tokens(1.0, 1.0), names)
+            self.rms = rms or None  # 0.0 if no token of this batch has noise
+        return of_tokens(self.shared.alpha_on(ids.device), rms), note
+
+    def _record(self, look_up: LookUp, magnitude: float | Tensor, note: str) -> None:
         """Keeps what ``describe`` reports. Logs the first batch."""
-        is_first = self.last_magnitude is None
+        ids, is_first = look_up.ids, self.last_magnitude is None
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
-        if is_first and logger.isEnabledFor(logging.INFO) and not _is_capturing(ids):
+        self._batches += 1
+        if _is_capturing(ids):
+            return
+        if self._batches.bit_count() == 1 and _is_real(ids):  # now and then: after 1, 2, 4, 8 ... batches
+            self._squares = look_up.squares(magnitude)
+        if is_first and logger.isEnabledFor(logging.INFO):
             low, high = self.bounds() or (0.0, 0.0)
+            ratio = self.ratio()
             logger.info(
-                "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s",
+                "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s%s",
                 self.name,
                 self.shared.alpha.now(),
                 self.shared.options.scale_by,
                 choose_backend(ids.device.type, self.shared.options.backend),
                 low,
                 high,
+                "" if ratio is None else f", {described_ratio(ratio)}",
                 f" ({note})" if note else "",
             )
 
@@ -209,15 +180,14 @@ class EmbeddingNoise:
         noisy = last[last > 0]
         return (noisy.min().item(), noisy.max().item()) if noisy.numel() else (0.0, 0.0)
 
-
-def _other_noise_is_on(module: nn.Module) -> bool:
-    """Whether the hook of transformers is on `module`.
-
-    The attribute alone does not count, because some trainers set it without registering the hook.
-    """
-    if HOOK_ATTRIBUTE not in module.__dict__:
-        return False
-    return any(getattr(hook, "__name__", "") == HOOK_NAME for hook in module._forward_hooks.values())
+    def ratio(self) -> float | None:
+        """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
+        if self.last_magnitude is None or self._squares is None:
+            return None
+        of_noise, of_embeddings = rms_of_noise(self.last_magnitude), root(self._squares)
+        if not of_noise:
+            return 0.0
+        return of_noise / of_embeddings if of_embeddings else None
 
 
 def _is_real(magnitude: float | Tensor) -> bool:

@@ -84,15 +84,21 @@ class AlphaSchedule:
         else:
             check_alpha(value)
 
-    def set(self, value: float | Callable[[int], float], step: int | None = None) -> None:
-        """Changes alpha. `step` fixes the step of a schedule until the next call. If None, forward passes are counted."""
+    def set(
+        self, value: float | Callable[[int], float], step: int | None = None, device: torch.device | None = None
+    ) -> None:
+        """Changes alpha. `step` fixes the step of a schedule until the next call. If None, forward passes are counted.
+
+        `device` is that of the table. Beside it, alpha does not cut a compiled graph into two CUDA graphs.
+        """
         at = self.step if step is None else step
         now = value(at) if callable(value) else value
         check_alpha(now)
         self.value, self.is_function = value, callable(value)
         self.step, self.counts_passes, self.has_begun = at, step is None, self.has_begun and step is None
-        if self.tensor is None:
-            self.tensor = torch.zeros((), dtype=torch.float64, device="cpu")
+        place = device if device is not None and device.type in ("cuda", "xpu") else torch.device("cpu")
+        if self.tensor is None or self.tensor.device != place:
+            self.tensor = torch.zeros((), dtype=torch.float64, device=place)
         self.tensor.fill_(now)
 
     def count_pass(self) -> None:

@@ -19,6 +19,7 @@ from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.passes import BatchHook, modules_around
 from neft_kernels.models.state import ModelNoise
+from neft_kernels.models.switch import warn_of_other_noise
 from neft_kernels.ops.backends import choose_backend, logger
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def replace_embeddings(
             alpha. :func:`set_alpha` changes it at any time.
         scale_by: "sequence" scales by each sequence's true length, from ``attention_mask``, ``position_ids`` or
             ``cu_seq_lens_q`` where the model is given them, and leaves padding alone; "batch" scales by the padded length,
-            as the Hugging Face hook does.
+            as the Hugging Face hook does; with "rms" `alpha` is itself the ratio of the noise to the embeddings, such as 0.05,
+            as root mean squares, whatever the length. The embeddings are measured in the first pass in training.
         noise_on: "all" tokens, or those of the "prompt" or of the "completion" only, as the ``labels`` that the model is
             given tell them apart (-100 is prompt); decoder-only models.
         stream: which of the noise streams under one seed; None: one for each data-parallel replica, so that replicas that are
@@ -139,7 +141,7 @@ def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
         for submodule in module.modules():
             if isinstance(submodule, NEFTuneEmbedding):  # built by the user; the hook around it adds the noise now
                 submodule.noise = None
-    noise.warn_of_other_noise(module)
+    warn_of_other_noise(noise, module)
 
 
 def restore_embeddings(model: Model) -> Model:
@@ -233,8 +235,8 @@ def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: 
     Raises:
         TypeError, ValueError: `alpha` is no number >= 0, or `model` has no noisy embeddings.
     """
-    found = _noise_of(model)
+    found = {noise.shared: module for _, module, noise in noisy_modules(model)}
     if not found:
         raise ValueError("model has no noisy embeddings; call replace_embeddings(model) first")
-    for each in found:
-        each.alpha.set(alpha, step)
+    for each, module in found.items():
+        each.alpha.set(alpha, step, device=next((table.device for table in module.parameters()), None))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.ops.autograd import add_noise, draw_seed
+from neft_kernels.ops.autograd import add_noise
+from neft_kernels.ops.seed import draw_seed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,7 +56,7 @@ def seed_and_stream(stream: int | None, groups: "Sequence[ProcessGroup]", device
         stream -= sum(
             torch.distributed.get_rank() - min(torch.distributed.get_process_group_ranks(group)) for group in distinct
         )
-    seed = draw_seed(device)
+    seed = draw_seed(device, by_value=not groups)  # a broadcast takes a tensor on the device
     for group in groups:  # the seed of the first rank, because the others may have drawn other random numbers before
         seed = _collective("broadcast", seed, 0, group.group_name)
     return seed, stream
@@ -65,6 +66,13 @@ def _collective(name: str, *args: Any) -> Tensor:
     """The result of a functional collective, which torch.compile can trace, once it is there."""
     collectives = torch.ops._c10d_functional
     return collectives.wait_tensor(getattr(collectives, name)(*args))
+
+
+def sum_over(groups: Sequence[str], values: Tensor) -> Tensor:
+    """The sum of the `values` of all ranks of the process groups of these names."""
+    for name in dict.fromkeys(groups):
+        values = _collective("all_reduce", values, "sum", name)
+    return values
 
 
 def group_size(group: "ProcessGroup") -> int:

@@ -6,6 +6,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from .reference import NOISES
+
 _ID_DTYPES = frozenset((torch.int64, torch.int32))
 _OTHER_ID_DTYPES = frozenset(
     (torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)  # converted to int64
@@ -19,12 +21,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def check_noise(noise: str) -> int:
+    """Returns the kind of noise as the ops take it."""
+    check_choice("noise", noise, NOISES)
+    return NOISES.index(noise)
+
+
 def check_alpha(alpha: float) -> None:
     """`alpha` is a finite number >= 0."""
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha must be a number, not {type(alpha).__name__}")
-    if not 0 <= alpha < math.inf:  # also false for NaN
-        raise ValueError(f"alpha must be finite and >= 0, not {alpha}")
+    check_number("alpha", alpha)
+
+
+def check_number(name: str, value: float) -> None:
+    """`value`, the argument `name`, is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not 0 <= value < math.inf:  # also false for NaN
+        raise ValueError(f"{name} must be finite and >= 0, not {value}")
 
 
 def check_input_ids(input_ids: Tensor, device: torch.device) -> Tensor:
@@ -79,17 +92,18 @@ def check_magnitude(
 
 
 def check_seed(seed: int | Tensor, device: torch.device) -> Tensor:
-    """Returns `seed` as an int64 tensor of one element on `device`."""
+    """Returns `seed` as an int64 tensor of one element, on `device` or on the CPU, from where kernels take it by value."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"seed must be one int64 element, not {list(seed.shape)} of {seed.dtype}")
-        if seed.device != device:
+        if seed.device != device and seed.device.type != "cpu":
             raise ValueError(f"seed is on {seed.device}, but the embeddings are on {device}; move it")
         return seed
     if isinstance(seed, int) and not isinstance(seed, bool):
         if not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed must fit in 64 bits, not {seed}")
-        return torch.tensor([seed], dtype=torch.int64, device=device)
+        # A compiled graph with tensors of two devices would not become a CUDA graph.
+        return torch.full((1,), seed, dtype=torch.int64, device=device if torch.compiler.is_compiling() else "cpu")
     raise TypeError(f"seed must be an int, an int64 tensor of one element or None, not {type(seed).__name__}")
 
 

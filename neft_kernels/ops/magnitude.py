@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from .backends import automatic_backend
-from .checks import broadcasts, check_alpha, check_choice
+from .checks import broadcasts, check_alpha, check_choice, check_number
 from .registration import OVERLOADS
 
 __all__ = ["NOISE_ON", "SCALES", "noise_magnitude"]
 
-SCALES = ("sequence", "batch")
+SCALES = ("sequence", "batch", "rms")
 NOISE_ON = ("all", "prompt", "completion")
 IGNORED_LABEL = -100  # of torch.nn.functional.cross_entropy, and so of every collator
 
@@ -27,6 +27,7 @@ def noise_magnitude(
     cu_seq_lens: Tensor | None = None,
     labels: Tensor | None = None,
     scale_by: str = "sequence",
+    rms: float | None = None,
     noise_on: str = "all",
     backend: str | None = None,
 ) -> float | Tensor:
@@ -47,7 +48,9 @@ def noise_magnitude(
             row, by boundaries without a mask or by position, because that is what padding looks like in a packed batch.
         scale_by: "sequence": ``L`` is the true length of the token's own sequence, and padding gets no noise, as in the
             paper's training code. "batch": ``L`` is ``input_ids.shape[-1]``, noise everywhere, as in the Hugging Face hook;
-            the masks are ignored.
+            the masks are ignored. "rms": ``alpha * sqrt(3) * rms``, whatever the length, and padding gets no noise. The root
+            mean square of the noise is then `alpha` times that of the embeddings.
+        rms: the root mean square of the embeddings, for ``scale_by="rms"`` alone.
         labels: shape of `input_ids`, -100 for what is not learned; tells the prompt from the completion.
         noise_on: "all" tokens, or only those of the "prompt" (whose label is -100) or of the "completion"; the lengths
             stay those of the whole sequences.
@@ -73,6 +76,26 @@ def noise_magnitude(
         return 0.0
     if embedding_dim < 1:
         raise ValueError(f"embedding_dim must be at least 1, not {embedding_dim}")
+    if (rms is None) == (scale_by == "rms"):
+        raise ValueError('rms, the root mean square of the embeddings, belongs to scale_by="rms": give both or neither')
+    if rms is not None:
+        check_number("rms", rms)
+        # Tokens that count have the magnitude 1 where alpha and every length are as good as 1.
+        counts = noise_magnitude(
+            input_ids,
+            1,
+            1.0,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=cu_seq_lens,
+            labels=labels,
+            noise_on=noise_on,
+            backend=backend,
+        )
+        magnitude = alpha * (math.sqrt(3) * rms)
+        if not isinstance(counts, Tensor):
+            return magnitude.to(torch.float32) if isinstance(magnitude, Tensor) else magnitude
+        return torch.where(counts > 0, magnitude, 0).to(torch.float32)
     if scale_by == "batch" or (attention_mask is None and position_ids is None and cu_seq_lens is None):
         magnitude = _magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
@@ -104,7 +127,7 @@ def noise_magnitude(
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels must have the shape of input_ids, {list(input_ids.shape)}, not {list(labels.shape)}")
     chosen = (labels == IGNORED_LABEL) == (noise_on == "prompt")
-    return (chosen.to(_wide(input_ids.device)) * magnitude).to(torch.float32)
+    return (chosen.to(wide_dtype(input_ids.device)) * magnitude).to(torch.float32)
 
 
 def _magnitude_by_sequence(
@@ -145,7 +168,7 @@ def _magnitude_by_sequence(
             # transformers gives padding on the left the position 1, so each token of it looks like a sequence of one.
             assert position_ids is not None
             present = present & ((length_of_token != 1) | (position_ids != 1))
-    magnitude = alpha / torch.sqrt(length_of_token.clamp(min=1).to(_wide(input_ids.device)) * embedding_dim)
+    magnitude = alpha / torch.sqrt(length_of_token.clamp(min=1).to(wide_dtype(input_ids.device)) * embedding_dim)
     return torch.where(present, magnitude, 0).to(torch.float32)
 
 
@@ -191,7 +214,7 @@ def _magnitude_of_length(
     if not isinstance(alpha, Tensor) and not torch.compiler.is_compiling():
         return alpha / math.sqrt(length * embedding_dim)
     # As a number it would be a constant of the compiled graph, which would be compiled again for each new length.
-    length_tensor = torch.full((), length * embedding_dim, dtype=_wide(device), device=device)
+    length_tensor = torch.full((), length * embedding_dim, dtype=wide_dtype(device), device=device)
     return (alpha / length_tensor.sqrt()).to(torch.float32)
 
 
@@ -253,5 +276,5 @@ def _as_contiguous_int64(values: Tensor | None, shape: torch.Size) -> Tensor | N
     return values.to(torch.int64).expand(shape).contiguous()
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64

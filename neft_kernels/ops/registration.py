@@ -22,9 +22,10 @@ __all__ = ["OVERLOADS"]
 
 _NOISE = "Tensor seed, Tensor? token_magnitude, float magnitude, int stream, SymInt first_token"
 _GRADIENT = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
+_KIND = "int noise=0"  # the index in NOISES; last, because graphs are saved that do not have it
 _SCHEMAS = {
-    "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}) -> Tensor",
-    "add_noise": f"(Tensor embeds, {_NOISE}) -> Tensor",
+    "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}, {_KIND}) -> Tensor",
+    "add_noise": f"(Tensor embeds, {_NOISE}, {_KIND}) -> Tensor",
     "token_magnitude": "(Tensor? attention_mask, Tensor? position_ids, float alpha, int embedding_dim) -> Tensor",
     "embedding_grad": "(Tensor grad, Tensor input_ids, SymInt num_embeddings, int padding_idx, bool scale_grad_by_freq) "
     "-> Tensor",
@@ -97,13 +98,16 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
         magnitude: float,
         stream: int,
         first_token: int,
-        *_: Any,  # for the gradient
+        padding_idx: int = -1,  # these three are for the gradient
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        noise: int = reference.UNIFORM,
     ) -> Tensor:
         if input_ids.device.type == "cpu":
             check_magnitude_values(token_magnitude, magnitude)
         if input_ids.device.type == "cpu" or switches.check_ids:
             check_id_values(input_ids, weight.shape[0])
-        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token)
+        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, noise)
 
     def add_noise(embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, *rest: Any) -> Tensor:
         if embeds.device.type == "cpu":

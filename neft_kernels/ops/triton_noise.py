@@ -4,13 +4,16 @@ A Philox call gives 16 bytes of random words: the noise of 8 columns in half pre
 in fp64. So the unit of work is a vector of 16 bytes of a row, which is also the widest load and store of a GPU thread:
 what a thread draws is what it adds to what it has loaded, nothing moves between threads, and no shared memory is used.
 
-A program writes a tile of ``ROWS`` tokens by ``VECTORS`` vectors. The arithmetic is that of
+A program writes a tile of ``ROWS`` tokens by ``VECTORS`` vectors, and each thread four vectors of it. If they are of one row,
+its id, its address and the first words of its counters are computed once. Programs of the same rows follow on each other, so
+that whole rows are read and written at about the same time. The arithmetic is that of
 :mod:`neft_kernels.ops.reference`, and the kernel is launched without floating-point fusion, because the product and the sum
 round separately. ``tools/check_gpu.py`` looks at the machine code for all of this.
 """
 
 import contextlib
 import functools
+import struct
 from typing import Any
 
 import torch
@@ -19,16 +22,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
+from .reference import GAUSSIAN, SIGN, UNIFORM
+
 __all__ = ["add_noise", "noisy_embedding"]
 
-# Of a program: four vectors for each thread. benchmarks/tune_gpu.py tries others.
+# The largest tile, and its warps. benchmarks/tune_gpu.py tries others.
 TILE_VECTORS = 512
 NUM_WARPS = 4
+# Whether tiles that are narrower, but not too narrow for a warp, have one row and fewer warps, rather than several rows.
+ONE_ROW = True
 # Registers of a thread. Without a limit ptxas uses fewer, and delays three of the four loads until the first vector is done.
 MAX_REGISTERS = 80
 MAX_GRID_Y = 65535
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SIGN, _GAUSSIAN = tl.constexpr(SIGN), tl.constexpr(GAUSSIAN)
 
 
 @triton.jit
@@ -55,7 +63,20 @@ def _philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _uniform(tokens, vectors, seed, stream, dtype: tl.constexpr):  # [R], [V] -> [R, V * columns of a vector]
+def _gaussian(u):
+    # Exponent and fraction of a float, as one integer, are a rough logarithm; of the fourth power they are a better one.
+    q = (1 - u) * (1 + u)
+    r = q * q
+    s = r * r
+    x = (0x3FFF0000 - (s.to(tl.int32, bitcast=True) >> 7)).to(tl.float32, bitcast=True)
+    c = x - 1.579746
+    e = x - 0.78377885
+    return ((13.442853 * u) * (2.2166462 - x)) * ((c * c + 0.51102036) * (e * e + 0.0049715075))
+
+
+@triton.jit
+def _noise(tokens, vectors, seed, stream, dtype: tl.constexpr, NOISE: tl.constexpr):
+    # [R], [V] -> [R, V * columns of a vector]
     # The counter's words broadcast against each other, so what depends on the token alone is computed once a token.
     token, vector = tokens[:, None], vectors[None, :]
     block = vector // 2 if dtype == tl.float64 else vector
@@ -75,10 +96,17 @@ def _uniform(tokens, vectors, seed, stream, dtype: tl.constexpr):  # [R], [V] ->
         words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     if dtype.primitive_bitwidth == 16:
         halves = tl.join(words & 0xFFFF, words >> 16)  # low half first
-        u = tl.fma(halves.to(tl.float32), 2.0**-15, 2.0**-16 - 1)  # exact, so nothing is lost by fusing
+        if NOISE == _SIGN:
+            noise = ((~halves << 16) & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
+        else:
+            noise = tl.fma(halves.to(tl.float32), 2.0**-15, 2.0**-16 - 1)  # exact, so nothing is lost by fusing
+    elif NOISE == _SIGN:
+        noise = (words & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
     else:
-        u = ((words.to(tl.int32, bitcast=True) >> 8) | 1).to(tl.float32) * 2.0**-23
-    return tl.reshape(u, [tokens.shape[0], vectors.shape[0] * (128 // dtype.primitive_bitwidth)])
+        noise = ((words.to(tl.int32, bitcast=True) >> 8) | 1).to(tl.float32) * 2.0**-23
+    if NOISE == _GAUSSIAN:
+        noise = _gaussian(noise)
+    return tl.reshape(noise, [tokens.shape[0], vectors.shape[0] * (128 // dtype.primitive_bitwidth)])
 
 
 @triton.jit
@@ -102,14 +130,17 @@ def _round_to(value, dtype: tl.constexpr):
     return rounded
 
 
-# The kernel is not specialized on the values of numbers. Whatever changes the code is a constant.
-@triton.jit(do_not_specialize=range(5, 13))
+# The kernel is not specialized on the values of numbers. Whatever changes the code is a constant. So a captured CUDA graph,
+# whose seeds are on the device, launches the kernel that was compiled for seeds that are given by value.
+@triton.jit(do_not_specialize=range(5, 15))
 def noisy_rows_kernel(
     out,  # [T, D], contiguous
     rows,  # [num_rows, D]
     input_ids,  # [T], contiguous: the row of each token; None: row t for token t
-    seed,  # [1]
+    seed,  # [1]; a null pointer: it is given by its halves, which are 0 otherwise
     token_magnitude,  # [T], contiguous; None: every token gets `magnitude`
+    seed_low,
+    seed_high,
     magnitude,
     stream,
     first_token,
@@ -122,6 +153,7 @@ def noisy_rows_kernel(
     CONTIGUOUS: tl.constexpr,  # columns lie side by side
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
@@ -130,8 +162,9 @@ def noisy_rows_kernel(
     if CONTIGUOUS:
         column_stride = 1
 
-    tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column_tile = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    column_tile = tl.program_id(0)
+    row_tile = tl.program_id(1) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
+    tokens = row_tile * ROWS + tl.arange(0, ROWS)
     vectors = column_tile * VECTORS + tl.arange(0, VECTORS)
     first_column = column_tile.to(tl.int64) * COLUMNS
     columns = tl.arange(0, COLUMNS)  # from the first one of the tile
@@ -154,9 +187,11 @@ def noisy_rows_kernel(
 
     source = (rows + row * row_stride + first_column * column_stride)[:, None]
     w = tl.load(source + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
-    u = _uniform(first_token + tokens, vectors, tl.load(seed), stream, dtype)
+    given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
+    seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
+    noise = _noise(first_token + tokens, vectors, seed, stream, dtype, NOISE)
     wide = _widen(w)
-    noisy = _round_to(wide + m.to(wide.dtype) * u.to(wide.dtype), dtype)
+    noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), dtype)
 
     # Each row is stored once. Two stores cost less than a choice between their values, element by element.
     target = (out + tokens * embedding_dim + first_column)[:, None] + columns[None, :]
@@ -165,8 +200,11 @@ def noisy_rows_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, int]]:
-    """ROWS, VECTORS and the rest of the grid: the widest tile among those that leave the fewest threads without work."""
+def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, int, int]:
+    """ROWS, VECTORS, the warps of a program, and the number of tiles in a row.
+
+    It is the widest tile among those that leave the fewest threads without work.
+    """
     vectors_of_row = -(-embedding_dim * element_size // 16)
     if vectors_of_row <= 32:
         vectors = triton.next_power_of_2(vectors_of_row)
@@ -174,8 +212,22 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, tuple[int, i
         halved = (TILE_VECTORS >> times for times in range(TILE_VECTORS.bit_length()))
         widths = [width for width in halved if width >= 32]
         vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
-    column_tiles = -(-vectors_of_row // vectors)
-    return TILE_VECTORS // vectors, vectors, (min(column_tiles, MAX_GRID_Y), -(-column_tiles // MAX_GRID_Y))
+    tiles = -(-vectors_of_row // vectors)
+    vectors_of_warp = TILE_VECTORS // NUM_WARPS
+    if ONE_ROW and vectors >= vectors_of_warp:
+        return 1, vectors, vectors // vectors_of_warp, tiles
+    return TILE_VECTORS // vectors, vectors, NUM_WARPS, tiles
+
+
+def _grid(num_tokens: int, rows_of_tile: int, column_tiles: int) -> tuple[int, int, int]:
+    """The tiles of a row; and the tiles of rows, in as few parts as fit, which are equally large."""
+    row_tiles = -(-num_tokens // rows_of_tile)
+    parts = -(-row_tiles // MAX_GRID_Y)
+    return column_tiles, -(-row_tiles // parts), parts
+
+
+#: In place of a seed on the device: an empty tensor is a null pointer.
+_NO_SEED = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 #: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
@@ -188,10 +240,11 @@ def launch_kernel(
     tensors: tuple,
     numbers: tuple[int | float, ...],
     *constants: Any,
+    num_warps: int = NUM_WARPS,
     max_registers: int | None = None,
 ) -> None:
-    """Launches a kernel of `tensors`, `numbers` and `constants`. `max_registers` of a thread, on NVIDIA's GPUs, must follow
-    from the constants.
+    """Launches a kernel of `tensors`, `numbers` and `constants`. `num_warps`, and `max_registers` of a thread on NVIDIA's
+    GPUs, must follow from the constants.
 
     A compiled kernel is kept here, because Triton's own look-up takes longer than the launch. Triton says what the code
     depends on, which differs by backend: types, alignment, on AMD also whether 32 bits address all of a tensor. Triton's
@@ -199,7 +252,7 @@ def launch_kernel(
     """
     arguments = (*tensors, *numbers, *constants)
     with _device_of(tensors[0]):
-        options: dict[str, Any] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+        options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
         if _INTERPRETED:
             kernel[grid](*arguments, **options)
             return
@@ -236,6 +289,7 @@ def _noisy_rows(
     magnitude: float,
     stream: int,
     first_token: int,
+    noise: int,
 ) -> Tensor:
     num_rows, embedding_dim = rows.shape
     num_tokens = num_rows if input_ids is None else input_ids.numel()
@@ -243,11 +297,14 @@ def _noisy_rows(
         return out
     if num_rows == 0:
         return out.fill_(float("nan"))
+    # A seed on the CPU goes to a GPU by value.
+    by_value = seed.device != rows.device
+    halves = struct.unpack("<ii", struct.pack("<q", seed.item())) if by_value else (0, 0)
     tensors = (
         out,
         rows,
         None if input_ids is None else input_ids.contiguous(),
-        seed,
+        _NO_SEED if by_value else seed,
         None if token_magnitude is None else token_magnitude.contiguous(),
     )
     row_stride, column_stride = rows.stride()
@@ -260,15 +317,20 @@ def _noisy_rows(
         and rows.data_ptr() % 16 == 0
     )
     unit = columns_of_vector if is_aligned else 1
-    rows_of_tile, vectors, grid = _tile(embedding_dim, rows.element_size())
+    rows_of_tile, vectors, num_warps, column_tiles = _tile(embedding_dim, rows.element_size())
     numbers = (
-        *(magnitude, stream, first_token, num_tokens, num_rows),
+        *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
-    launch_grid = (-(-num_tokens // rows_of_tile), *grid)
-    constants = (unit, column_stride == 1, rows_of_tile, vectors)
+    constants = (unit, column_stride == 1, rows_of_tile, vectors, noise)
     launch_kernel(
-        noisy_rows_kernel, launch_grid, tensors, numbers, *constants, max_registers=MAX_REGISTERS if unit > 1 else None
+        noisy_rows_kernel,
+        _grid(num_tokens, rows_of_tile, column_tiles),
+        tensors,
+        numbers,
+        *constants,
+        num_warps=num_warps,
+        max_registers=MAX_REGISTERS if unit > 1 else None,
     )
     return out
 
@@ -281,18 +343,25 @@ def noisy_embedding(
     magnitude: float,
     stream: int,
     first_token: int,
+    noise: int = UNIFORM,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token)
+    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token, noise)
 
 
 def add_noise(
-    embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, stream: int, first_token: int
+    embeds: Tensor,
+    seed: Tensor,
+    token_magnitude: Tensor | None,
+    magnitude: float,
+    stream: int,
+    first_token: int,
+    noise: int = UNIFORM,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.add_noise`."""
     out = embeds.new_empty(embeds.shape)
     if out.numel() == 0:
         return out
     rows = embeds.reshape(-1, embeds.shape[-1])
-    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token)
+    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token, noise)

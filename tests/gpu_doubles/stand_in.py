@@ -10,6 +10,7 @@ GPU is not seen. Times are the CPU's, and say nothing. What there is nothing her
 """
 
 import contextlib
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,10 +18,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
+from helpers import independent
 from neft_kernels.ops.backends import extensions, forget_choices, switches
 from neft_kernels.ops.registration import implementation as implementation_of
 from neft_kernels.ops.registration import with_checks
@@ -43,6 +46,7 @@ class Device(TorchFunctionMode):
         self.sync_debug_mode = "default"
         self.capturing: list[tuple] | None = None
         self.inside_an_op = False
+        self.generator = Generator(self)
 
     def holds(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self.storages
@@ -72,11 +76,15 @@ class Device(TorchFunctionMode):
             return CUDA if here else args[0].device
         if descriptor is Tensor.is_cuda or func is Tensor.get_device:
             return bool(here) if descriptor is Tensor.is_cuda else len(here) - 1
+        if func in (Tensor.backward, torch.autograd.backward):
+            return self._backward(*args, **kwargs)
         if here and func in _NO_NUMPY:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         if here and func in _READ_BY_THE_HOST:
             self.waits(func.__name__)
-        elsewhere = [each for each in tensors if each.ndim and not self.holds(each)]
+        is_ours = isinstance(func, torch._ops.OpOverload) and func.namespace == "neft_kernels"
+        seed = _seed(func, args) if is_ours else None  # on the CPU it is given by value
+        elsewhere = [each for each in tensors if each.ndim and not self.holds(each) and each is not seed]
         if here and elsewhere and func not in _MAY_MIX and descriptor is None:
             raise RuntimeError(f"{func}: Expected all tensors to be on the same device, but found cuda:0 and cpu!")
 
@@ -91,12 +99,13 @@ class Device(TorchFunctionMode):
             result = result.clone() if result.untyped_storage()._cdata == args[0].untyped_storage()._cdata else result
         elif func in _MOVES:
             result = Tensor.to(*args, **kwargs)
-        elif here and isinstance(func, torch._ops.OpOverload) and func.namespace == "neft_kernels":
+        elif here and is_ours:
             result = self._run(func, args)
         else:
             if target == CUDA and not tensors and "data" not in kwargs and func in (torch.tensor, torch.as_tensor):
                 self.waits(func.__name__)  # from the memory of the host
-            result = func(*args, **kwargs)
+            draws_seed = target == CUDA and func is torch.randint and tuple(args[2:]) == ((1,),)
+            result = torch.tensor([self.generator.draw(*args[:2])]) if draws_seed else func(*args, **kwargs)
         results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
         if target == CUDA:
             for each in results:
@@ -105,6 +114,18 @@ class Device(TorchFunctionMode):
         if self.capturing is not None and not self.inside_an_op and results:
             self.capturing.append((func, args, {**kwargs, **({} if here else {"device": target})}, results))
         return result
+
+    def _backward(self, tensors: Any, grad_tensors: Any = None, *_: Any, **options: Any) -> None:
+        """What torch.autograd.backward does with its arguments, within this mode: it recomputes checkpointed regions."""
+        tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        given = options.get("gradient", grad_tensors)
+        gradients = [given] if isinstance(given, Tensor) else given or [None] * len(tensors)
+        gradients = [torch.ones_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]
+        keep, create = bool(options.get("retain_graph")), bool(options.get("create_graph"))
+        with self:
+            Variable._execution_engine.run_backward(
+                tensors, tuple(gradients), keep, create, (), allow_unreachable=True, accumulate_grad=True
+            )
 
     def _run(self, func: Any, args: tuple) -> Tensor:
         """An op of this package, past torch's dispatcher, which takes the tensors for what they are."""
@@ -144,6 +165,12 @@ def _without_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     return args, None
 
 
+def _seed(func: Any, args: tuple) -> Tensor | None:
+    """The seed among the arguments of an op of this package."""
+    names = [argument.name for argument in func._schema.arguments]
+    return args[names.index("seed")] if "seed" in names else None
+
+
 def _by_the_cpu(op: str, args: tuple) -> Tensor:
     """What the CUDA extension would return: the CPU extension's, which looks at the ids and refuses those out of range."""
     if op == "add_noise":
@@ -152,6 +179,50 @@ def _by_the_cpu(op: str, args: tuple) -> Tensor:
     valid = (ids >= 0) & (ids < weight.shape[0])
     out = torch.ops.neft_kernels.noisy_embedding.cpu(torch.where(valid, ids, 0), weight, *noise)
     return out.masked_fill_(~valid[..., None], float("nan"))
+
+
+class Generator:
+    """The device's default generator, which draws one integer of 64 bits as PyTorch's kernel does. All other random numbers
+    of the device are drawn from the CPU's generator."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.seed, self.offset = device, torch.initial_seed(), 0
+
+    def initial_seed(self) -> int:
+        self._check()
+        return self.seed
+
+    def get_offset(self) -> int:
+        self._check()
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        self._check()
+        assert offset % 4 == 0, "offset must be a multiple of 4"
+        self.offset = offset
+
+    def manual_seed(self, seed: int) -> None:
+        self.seed, self.offset = seed % (1 << 64), 0
+
+    def get_state(self) -> Tensor:
+        self._check()
+        numbers = torch.frombuffer(bytearray(struct.pack("<QQ", self.seed, self.offset)), dtype=torch.uint8)
+        return torch.cat([numbers, torch.get_rng_state()])
+
+    def set_state(self, state: Tensor) -> None:
+        self.seed, self.offset = struct.unpack("<QQ", bytes(state[:16].tolist()))
+        torch.set_rng_state(state[16:].clone())
+
+    def draw(self, low: int, high: int) -> int:
+        """The number of thread 0 of a kernel that draws with Philox, and moves the offset on for it by 4."""
+        block, key = self.offset // 4, (self.seed & 0xFFFFFFFF, self.seed >> 32)
+        first, second, *_ = independent.philox4x32((block & 0xFFFFFFFF, block >> 32, 0, 0), key)
+        self.offset += 4
+        return low + (int(first) << 32 | int(second)) % (high - low)
+
+    def _check(self) -> None:
+        if self.device.capturing is not None:
+            raise RuntimeError("the generator of a device that captures a graph cannot be read or set")
 
 
 class Event:
@@ -241,8 +312,12 @@ def stand_in_gpu(name: str = "no GPU, a stand-in") -> Iterator[Device]:
         "device_count": lambda: 1,
         "get_device_name": lambda: name,
         "get_device_capability": lambda: (9, 0),
-        "manual_seed": torch.manual_seed,
-        "get_rng_state": lambda _: torch.get_rng_state(),
+        "manual_seed": torch.manual_seed,  # which calls the next one
+        "manual_seed_all": device.generator.manual_seed,
+        "default_generators": (device.generator,),
+        "get_rng_state": lambda _=None: device.generator.get_state(),
+        "set_rng_state": lambda state, _=None: device.generator.set_state(state),
+        "_initialized": True,
         "synchronize": lambda: device.waits("synchronize"),
         "set_sync_debug_mode": lambda mode: setattr(device, "sync_debug_mode", mode),
         "device": lambda _: contextlib.nullcontext(),

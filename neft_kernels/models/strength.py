@@ -1,0 +1,139 @@
+"""How strong the noise is: its root mean square against that of the embeddings that it is added to."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from neft_kernels.models.sharding import Part, sum_over
+from neft_kernels.ops.magnitude import wide_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["LookUp", "described_ratio", "measured_rms", "readable_table", "rms_of_noise", "root"]
+
+#: Outside of these the noise is stronger or weaker against the embeddings than people have found useful.
+WEAK, STRONG = 0.01, 0.5
+
+#: About so many tokens of a batch are measured, evenly spaced, and so many elements of a table at a time.
+TOKENS, ELEMENTS = 1024, 1 << 22
+
+
+@dataclass(frozen=True)
+class LookUp:
+    """The embeddings that a pass looks up, without their noise."""
+
+    ids: Tensor  # [..., l]
+    #: The table, ``[V, D]``. None: it cannot be read.
+    table: Tensor | None
+    #: What the module returned, ``[..., l, D]``. None: the rows of `table`, which the op looks up itself.
+    output: Tensor | None = None
+    #: The part that the ids are of whole rows. None: they are whole rows.
+    part: Part | None = None
+    #: The process groups over which the table is sharded.
+    groups: "Sequence[ProcessGroup]" = ()
+
+    @property
+    def embedding_dim(self) -> int:
+        """``D``."""
+        values = self.table if self.output is None else self.output
+        assert values is not None
+        return values.shape[-1]
+
+    def squares(self, magnitude: float | Tensor) -> Tensor:
+        """The sum of the squares of the embeddings whose `magnitude` is not 0, and the number of summands, ``[2]``.
+
+        It is about a sample of the tokens. Zeros are not counted: padding in a table, and columns that other ranks hold.
+        """
+        every = slice(None, None, max(1, self.ids.numel() // TOKENS))
+        if self.output is not None:
+            rows = self.output.detach().flatten(0, -2)[every]
+        else:
+            assert self.table is not None
+            ids = self.ids.flatten()[every].clamp(0, self.table.shape[0] - 1)
+            rows = nn.functional.embedding(ids, self.table.detach())
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if isinstance(magnitude, Tensor):
+            rows = rows * (magnitude.expand(self.ids.shape).flatten()[every] > 0)[:, None]
+        return torch.stack([rows.square().sum(), rows.count_nonzero().to(rows.dtype)])
+
+
+@torch.compiler.assume_constant_result  # dynamo calls it with the real tensors while it traces
+def measured_rms(
+    ids: Tensor, table: Tensor | None, output: Tensor | None, magnitude: float | Tensor, groups: tuple[str, ...]
+) -> float:
+    """The root mean square of the table, times the factor by which the module scales what it looks up.
+
+    If the table cannot be read, as when it is quantised, it is that of the tokens whose `magnitude` is not 0. Waits for the
+    device.
+
+    Args:
+        ids, table, output: as in :class:`LookUp`.
+        magnitude: of each token.
+        groups: the names of the process groups over which the table or the sequences are sharded. Their ranks get the same
+            number.
+
+    Raises:
+        RuntimeError: the embeddings cannot be read, because this pass is exported or captured in a CUDA graph.
+    """
+    if ids.is_meta:
+        return 0.0
+    is_fake = torch.compiler.is_exporting() or isinstance(ids, FakeTensor)
+    if is_fake or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        raise RuntimeError(
+            'scale_by="rms" measures the embeddings in the first pass, and this one is exported or captured; run the model '
+            "once in training mode before"
+        )
+    if output is None:
+        assert table is not None
+        return _rms_of_table(table)
+    of_output = root(sum_over(groups, LookUp(ids, table, output).squares(magnitude)))
+    if table is None:
+        return of_output
+    return _rms_of_table(table) * of_output / root(sum_over(groups, LookUp(ids, table).squares(magnitude)))
+
+
+def readable_table(module: nn.Module, ids: Tensor, output: Tensor) -> Tensor | None:
+    """The table that `module` looked `ids` up in, if it is one of numbers."""
+    if not isinstance(module, nn.Embedding) or type(module.weight) not in (Tensor, nn.Parameter):
+        return None
+    weight = module.weight
+    is_table = weight.ndim == 2 and weight.is_floating_point() and weight.shape[-1] == output.shape[-1]
+    are_its_ids = ids.shape == output.shape[:-1] and not ids.is_floating_point() and ids.device == weight.device
+    return weight if is_table and are_its_ids else None
+
+
+def described_ratio(ratio: float) -> str:
+    """`ratio` of the noise to the embeddings, for people, with a hint if it is unusual."""
+    hint = ""
+    if ratio > STRONG:
+        hint = f" (strong: above {STRONG} it may drown the tokens; choose a smaller alpha)"
+    elif 0 < ratio < WEAK:
+        hint = f" (weak: below {WEAK} it may have no effect; choose a larger alpha)"
+    return f"{ratio:.3g} of the embeddings{hint}"
+
+
+def rms_of_noise(magnitude: float | Tensor) -> float:
+    """Over the tokens that have noise. That of numbers which are uniform in (-m, m) is m / sqrt(3). Waits for the device."""
+    if not isinstance(magnitude, Tensor):
+        return magnitude / math.sqrt(3)
+    noisy = magnitude[magnitude > 0].to(wide_dtype(magnitude.device))
+    return math.sqrt(noisy.square().mean().item() / 3) if noisy.numel() else 0.0
+
+
+def _rms_of_table(table: Tensor) -> float:
+    table = table.detach()
+    rows = max(1, ELEMENTS // table.shape[-1])
+    squares = [part.to(wide_dtype(table.device)).square().sum() for part in table.split(rows)]
+    return math.sqrt(torch.stack(squares).sum().item() / table.numel())
+
+
+def root(squares: Tensor) -> float:
+    """The root mean square that :meth:`LookUp.squares` tells. 0.0 if no token has noise. Waits for the device."""
+    total, count = squares.tolist()
+    return math.sqrt(total / count) if count else 0.0
