@@ -88,8 +88,9 @@ $(DOCS_INSTALLED): pyproject.toml constraints.txt
 	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" griffelib ruff
 	touch $(DOCS_INSTALLED)
 
+# With --quiet, the warnings that are errors here would not be noticed.
 docs: $(DOCS_INSTALLED)  ## the site, in build/site; a broken link or a missing docstring is an error
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
 
 # The repository's URL is known where it is published. Any serves to check what is built from it.
 RELEASE_URL := https://example.org/neft_kernels
