@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neft_kernels.models.batch import EMPTY_BATCH
-from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state
+from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state, may_be_recomputed
 from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
@@ -90,8 +90,10 @@ class EmbeddingNoise:
         if options.sequence_group is not None:
             groups += groups_of(options.sequence_group)
         is_compiling = torch.compiler.is_compiling()
-        state = None if is_compiling else generator_state(ids.device)
-        first = self.first_passes.recall(ids, state) if in_backward() else None
+        recomputes = in_backward()
+        is_first = not is_compiling and not recomputes and may_be_recomputed()
+        state = generator_state(ids.device) if recomputes or is_first else None
+        first = self.first_passes.recall(ids, state) if recomputes else None
         first = None if first is OFF else first
         # 1. How strong the noise of each token is.
         magnitude, note = self._magnitude(look_up, groups, arguments) if first is None else (first[0], self.note)
@@ -103,7 +105,7 @@ class EmbeddingNoise:
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
             self._record(look_up, magnitude, note)
-            if first is None:
+            if is_first:
                 self.first_passes.remember(ids, state, (magnitude, seed))
         return out
 

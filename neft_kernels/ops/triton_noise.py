@@ -252,9 +252,8 @@ def launch_kernel(
     """
     arguments = (*tensors, *numbers, *constants)
     with _device_of(tensors[0]):
-        options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
         if _INTERPRETED:
-            kernel[grid](*arguments, **options)
+            kernel[grid](*arguments)
             return
         device = driver.active.get_current_device()
         *_, target, _, bind = kernel.device_caches[device]
@@ -264,6 +263,7 @@ def launch_kernel(
         if compiled is not None:
             compiled[grid](*arguments)
             return
+        options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
         if max_registers is not None and target.backend == "cuda":
             options["maxnreg"] = max_registers
         compiled = kernel[grid](*arguments, **options)
