@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from helpers.models import D, IDS, LLAMA_INPUTS, MASK, build
+from helpers.models import IDS, LLAMA_INPUTS, MASK, D, build
 from neft_kernels import (
     NEFTuneCallback,
     NEFTuneEmbedding,
