@@ -131,6 +131,7 @@ BAD = {
         GOOD_USAGE,
     ),
     "stores rows": (GOOD_SASS + "/*0070*/ STG.E.U16 desc[UR4][R2.64], R4 ;", GOOD_USAGE),
+    "instructions for uniform noise, more than 640": (GOOD_SASS + 640 * "/*0070*/ MOV R2, R4 ;\n", GOOD_USAGE),
     "multiplies": (GOOD_SASS + 110 * "/*0070*/ IMAD.HI.U32 R2, R4, R5, RZ ;\n", GOOD_USAGE),
 }
 

@@ -18,7 +18,16 @@ from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
 from neft_kernels.models.state import ModelNoise
-from neft_kernels.models.strength import LookUp, described_ratio, measured_rms, rms_of_noise, root
+from neft_kernels.models.strength import (
+    BOUND,
+    RELATIVE_STRENGTH,
+    LookUp,
+    described_kind,
+    described_ratio,
+    measured_rms,
+    rms_of_noise,
+    root,
+)
 from neft_kernels.ops.backends import choose_backend, logger
 from neft_kernels.ops.magnitude import noise_magnitude
 
@@ -75,7 +84,7 @@ class EmbeddingNoise:
         """The result of `op` with the noise of one batch. Call it only if :func:`~neft_kernels.models.switch.is_on`.
 
         Args:
-            op: is called with the keyword arguments ``magnitude``, ``seed``, ``stream`` and ``backend``.
+            op: is called with the keyword arguments ``magnitude``, ``noise``, ``seed``, ``stream`` and ``backend``.
             look_up: the embeddings that `op` adds the noise to. The values of its ids count only where a model rearranges
                 them.
             arguments: those of :func:`neft_kernels.noise_magnitude` about the sequences. Without any, those of the model's
@@ -101,7 +110,7 @@ class EmbeddingNoise:
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
         seed = seed if first is None else first[1]
         # 3. The look-up and the noise.
-        out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
+        out = op(magnitude=magnitude, noise=options.noise, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
             self._record(look_up, magnitude, note)
@@ -132,7 +141,7 @@ class EmbeddingNoise:
                 embedding_dim=look_up.embedding_dim,
                 alpha=alpha,
                 scale_by=options.scale_by,
-                rms=rms,
+                rms=None if rms is None else rms / RELATIVE_STRENGTH[options.noise],
                 noise_on=options.noise_on,
                 backend=options.backend,
             )
@@ -152,7 +161,7 @@ class EmbeddingNoise:
 
     def _record(self, look_up: LookUp, magnitude: float | Tensor, note: str) -> None:
         """Keeps what ``describe`` reports. Logs the first batch."""
-        ids, is_first = look_up.ids, self.last_magnitude is None
+        ids, is_first, options = look_up.ids, self.last_magnitude is None, self.shared.options
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
         self._batches += 1
         if _is_capturing(ids):
@@ -163,11 +172,13 @@ class EmbeddingNoise:
             low, high = self.bounds() or (0.0, 0.0)
             ratio = self.ratio()
             logger.info(
-                "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s%s",
+                "%s: %s is on, alpha=%g scaled by %s, backend %s, first batch %s%.3g to %.3g%s%s",
                 self.name,
+                described_kind(options.noise),
                 self.shared.alpha.now(),
-                self.shared.options.scale_by,
-                choose_backend(ids.device.type, self.shared.options.backend),
+                options.scale_by,
+                choose_backend(ids.device.type, options.backend),
+                BOUND[options.noise],
                 low,
                 high,
                 "" if ratio is None else f", {described_ratio(ratio)}",
@@ -186,7 +197,7 @@ class EmbeddingNoise:
         """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
         if self.last_magnitude is None or self._squares is None:
             return None
-        of_noise, of_embeddings = rms_of_noise(self.last_magnitude), root(self._squares)
+        of_noise, of_embeddings = rms_of_noise(self.last_magnitude, self.shared.options.noise), root(self._squares)
         if not of_noise:
             return 0.0
         return of_noise / of_embeddings if of_embeddings else None
