@@ -130,6 +130,6 @@ def test_pairs_that_are_too_long_are_left_out(demo):
 def test_without_the_weights_it_says_what_else_there_is(demo, monkeypatch):
     """Neither a traceback nor a download."""
     monkeypatch.setattr(demo["smollm2"], "PACKAGE", "no-such-package")
-    with pytest.raises(demo["inputs"].InputError, match="no-such-package is not installed.*hub.*tiny"):
+    with pytest.raises(demo["inputs"].InputError, match=r"no-such-package is not installed.*hub.*tiny"):
         demo["causal_lm"].default_model()
     assert demo["smollm2"].local_or_hub("HuggingFaceTB/SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
