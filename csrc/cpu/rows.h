@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "../noise_kind.h"
+
 namespace neft {
 
 // Which noise a row gets, and how much.
@@ -28,9 +30,13 @@ using SumRows = void (*)(const void* data, const int64_t* rows, int64_t count, i
 
 constexpr int64_t kColumnAlignment = 128;  // the columns of one batch of the widest kernel: 16 lanes x 8 columns
 
+struct NoiseKernels {
+  AddNoiseToRow fp32, fp64, fp16, bf16;
+};
+
 struct RowKernels {
   const char* name;
-  AddNoiseToRow fp32, fp64, fp16, bf16;
+  NoiseKernels noise[kNoiseKinds];  // by NoiseKind
   SumRows sum_fp32, sum_fp64, sum_fp16, sum_bf16;
 };
 

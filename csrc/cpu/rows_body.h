@@ -17,8 +17,9 @@ namespace NEFT_NAMESPACE {
 
 struct Fp32 {
   static constexpr int kSize = 4, kColumns = kLanes;  // bytes of an element; columns that one vector of words feeds
+  template <NoiseKind kind>
   NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
-    store(out, add_scaled(load<Floats>(in), magnitude, uniform_from_word(words)));
+    store(out, add_scaled(load<Floats>(in), magnitude, noise_from_word<kind>(words)));
   }
   NEFT_FUNCTION static Floats to_floats(const char* in) { return load<Floats>(in); }
   NEFT_FUNCTION static void from_floats(Floats floats, char* out) { store(out, floats); }
@@ -26,23 +27,25 @@ struct Fp32 {
 
 struct Fp64 {
   static constexpr int kSize = 8, kColumns = kLanes;
+  template <NoiseKind kind>
   NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
-    const Floats u = uniform_from_word(words);
+    const Floats n = noise_from_word<kind>(words);
     for (int half = 0; half < 2; ++half) {
       const size_t offset = half * sizeof(Doubles);
-      store(out + offset, add_scaled(load<Doubles>(in + offset), widen_half(magnitude, half), widen_half(u, half)));
+      store(out + offset, add_scaled(load<Doubles>(in + offset), widen_half(magnitude, half), widen_half(n, half)));
     }
   }
 };
 
 struct Fp16 {
   static constexpr int kSize = 2, kColumns = 2 * kLanes;
+  template <NoiseKind kind>
   NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
     HalfWords halves[2];  // columns [0, kLanes) and [kLanes, 2 kLanes)
     std::memcpy(halves, &words, sizeof words);
     for (int k = 0; k < 2; ++k) {
       const Floats w = from_fp16(load<HalfWords>(in + k * sizeof(HalfWords)));
-      store(out + k * sizeof(HalfWords), to_fp16(add_scaled(w, magnitude, uniform_from_low_half(widen(halves[k])))));
+      store(out + k * sizeof(HalfWords), to_fp16(add_scaled(w, magnitude, noise_from_low_half<kind>(widen(halves[k])))));
     }
   }
   NEFT_FUNCTION static Floats to_floats(const char* in) { return from_fp16(load<HalfWords>(in)); }
@@ -52,10 +55,11 @@ struct Fp16 {
 // The high half of a float is the bf16 it truncates to, so even and odd columns are shifted and masked into place.
 struct Bf16 {
   static constexpr int kSize = 2, kColumns = 2 * kLanes;
+  template <NoiseKind kind>
   NEFT_FUNCTION static void add(const char* in, char* out, Floats magnitude, Words words) {
     const Words w = load<Words>(in);
-    const Floats even = add_scaled(as_float(w << 16), magnitude, uniform_from_low_half(words));
-    const Floats odd = add_scaled(as_float(w & 0xFFFF0000), magnitude, uniform_from_high_half(words));
+    const Floats even = add_scaled(as_float(w << 16), magnitude, noise_from_low_half<kind>(words));
+    const Floats odd = add_scaled(as_float(w & 0xFFFF0000), magnitude, noise_from_high_half<kind>(words));
     store(out, (round_to_bf16(even) >> 16) | (round_to_bf16(odd) & 0xFFFF0000));
   }
   // Rounds to nearest even in the upper half of each lane; the lower half has no meaning. NaN needs no special case: it came
@@ -70,7 +74,7 @@ struct Bf16 {
   }
 };
 
-template <class Element>
+template <class Element, NoiseKind kind>
 void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t end, const RowNoise& noise,
                       const void* next_row) {
   constexpr int kVectors = 4, kVectorBytes = Element::kSize * Element::kColumns;
@@ -94,7 +98,7 @@ void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t 
     set_counter(block_words, lane_blocks + first_block, token, stream);
     philox4x32(block_words, key);
     to_column_order(block_words, words);
-    for (int k = 0; k < kVectors; ++k) Element::add(from + k * kVectorBytes, to + k * kVectorBytes, magnitude, words[k]);
+    for (int k = 0; k < kVectors; ++k) Element::template add<kind>(from + k * kVectorBytes, to + k * kVectorBytes, magnitude, words[k]);
   };
 
   int64_t column = begin;
@@ -171,9 +175,14 @@ void sum_rows(const void* data, const int64_t* rows, int64_t count, int64_t begi
   }
 }
 
-const RowKernels kRowKernels = {NEFT_NAME, add_noise_to_row<Fp32>, add_noise_to_row<Fp64>, add_noise_to_row<Fp16>,
-                                add_noise_to_row<Bf16>,     sum_rows<Fp32>, sum_rows<Fp64>, sum_rows<Fp16>,
-                                sum_rows<Bf16>};
+template <NoiseKind kind>
+constexpr NoiseKernels kNoiseKernels = {add_noise_to_row<Fp32, kind>, add_noise_to_row<Fp64, kind>,
+                                        add_noise_to_row<Fp16, kind>, add_noise_to_row<Bf16, kind>};
+
+const RowKernels kRowKernels = {
+    NEFT_NAME,
+    {kNoiseKernels<NoiseKind::kUniform>, kNoiseKernels<NoiseKind::kSign>, kNoiseKernels<NoiseKind::kGaussian>},
+    sum_rows<Fp32>, sum_rows<Fp64>, sum_rows<Fp16>, sum_rows<Bf16>};
 
 }  // namespace NEFT_NAMESPACE
 }  // namespace neft

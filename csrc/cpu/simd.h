@@ -56,6 +56,7 @@ NEFT_FUNCTION void store(void* to, const Vector& vector) {
 
 NEFT_FUNCTION Ints as_signed(Words words) { return bit_cast<Ints>(words); }
 NEFT_FUNCTION Floats as_float(Words words) { return bit_cast<Floats>(words); }
+NEFT_FUNCTION Words as_word(Floats floats) { return bit_cast<Words>(floats); }
 NEFT_FUNCTION Floats to_float(Ints ints) { return __builtin_convertvector(ints, Floats); }
 
 // GCC 12 makes four instructions of either conversion.

@@ -60,8 +60,10 @@ class Offsets {
 class Noise {
  public:
   Noise(const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-        int64_t first_token, int64_t num_tokens)
-      : first_token_(first_token), stream_(static_cast<uint32_t>(stream)), magnitude_(static_cast<float>(magnitude)) {
+        int64_t first_token, int64_t kind, int64_t num_tokens)
+      : kind_(static_cast<NoiseKind>(kind)), first_token_(first_token), stream_(static_cast<uint32_t>(stream)),
+        magnitude_(static_cast<float>(magnitude)) {
+    STD_TORCH_CHECK(0 <= kind && kind < kNoiseKinds, "noise must be in [0, ", kNoiseKinds, ")");
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
     seed_ = *static_cast<const int64_t*>(seed.const_data_ptr());
     if (token_magnitude) {
@@ -78,6 +80,8 @@ class Noise {
     }
   }
 
+  NoiseKind kind() const { return kind_; }
+
   RowNoise of(int64_t token) const {
     const auto number = static_cast<int64_t>(static_cast<uint64_t>(first_token_) + static_cast<uint64_t>(token));
     return {seed_, number, stream_, magnitude_of(token)};
@@ -88,6 +92,7 @@ class Noise {
     return token_magnitudes_ ? token_magnitudes_[(*offsets_)(token)] : magnitude_;
   }
 
+  NoiseKind kind_;
   int64_t seed_, first_token_;
   uint32_t stream_;
   float magnitude_;
@@ -101,13 +106,14 @@ struct ElementKernel {
   SumRows sum;
 };
 
-inline ElementKernel element_kernel(ScalarType dtype) {
+inline ElementKernel element_kernel(ScalarType dtype, NoiseKind kind = NoiseKind::kUniform) {
   const RowKernels& kernels = row_kernels();
+  const NoiseKernels& noise = kernels.noise[static_cast<int64_t>(kind)];
   switch (dtype) {
-    case ScalarType::Float: return {4, kernels.fp32, kernels.sum_fp32};
-    case ScalarType::Double: return {8, kernels.fp64, kernels.sum_fp64};
-    case ScalarType::Half: return {2, kernels.fp16, kernels.sum_fp16};
-    case ScalarType::BFloat16: return {2, kernels.bf16, kernels.sum_bf16};
+    case ScalarType::Float: return {4, noise.fp32, kernels.sum_fp32};
+    case ScalarType::Double: return {8, noise.fp64, kernels.sum_fp64};
+    case ScalarType::Half: return {2, noise.fp16, kernels.sum_fp16};
+    case ScalarType::BFloat16: return {2, noise.bf16, kernels.sum_bf16};
     default: throw std::invalid_argument("the element type must be fp32, fp64, fp16 or bf16");
   }
 }
@@ -122,7 +128,7 @@ template <class Source>
 void add_noise_to_rows(const Tensor& data, const Source& source, int64_t column_stride, Tensor& out, int64_t num_tokens,
                        int64_t num_columns, const Noise& noise) {
   if (num_tokens == 0 || num_columns == 0) return;
-  const ElementKernel kernel = element_kernel(out.scalar_type());
+  const ElementKernel kernel = element_kernel(out.scalar_type(), noise.kind());
   const auto* in_data = static_cast<const char*>(data.const_data_ptr());
   auto* out_data = static_cast<char*>(out.mutable_data_ptr());
   prefer_huge_pages(out_data, num_tokens * num_columns * kernel.size);

@@ -32,22 +32,24 @@ NEFT_FUNCTION To bits_as(const From& from) {
 struct Fp32 {
   using Bits = uint32_t;
   static constexpr Bits kNan = 0x7FC00000;
+  template <NoiseKind kind>
   NEFT_FUNCTION static void add(uint32_t (&data)[4], float magnitude, const uint32_t (&words)[4]) {
     NEFT_UNROLL
     for (int k = 0; k < 4; ++k)
-      data[k] = bits_as<uint32_t>(add_scaled(as_float(data[k]), magnitude, uniform_from_word(words[k])));
+      data[k] = bits_as<uint32_t>(add_scaled(as_float(data[k]), magnitude, noise_from_word<kind>(words[k])));
   }
 };
 
 struct Fp64 {
   using Bits = uint64_t;
   static constexpr Bits kNan = 0x7FF8000000000000;
+  template <NoiseKind kind>
   NEFT_FUNCTION static void add(uint32_t (&data)[8], float magnitude, const uint32_t (&words)[4]) {
     NEFT_UNROLL
     for (int k = 0; k < 4; ++k) {
       double value;
       memcpy(&value, data + 2 * k, sizeof value);
-      value = add_scaled<double>(value, magnitude, uniform_from_word(words[k]));
+      value = add_scaled<double>(value, magnitude, noise_from_word<kind>(words[k]));
       memcpy(data + 2 * k, &value, sizeof value);
     }
   }
@@ -57,11 +59,12 @@ struct Fp64 {
 template <class Half>
 struct Pairs {
   using Bits = uint16_t;
+  template <NoiseKind kind>
   NEFT_FUNCTION static void add(uint32_t (&data)[4], float magnitude, const uint32_t (&words)[4]) {
     NEFT_UNROLL
     for (int k = 0; k < 4; ++k) {
-      const float even = add_scaled(Half::widen_low(data[k]), magnitude, uniform_from_low_half(words[k]));
-      const float odd = add_scaled(Half::widen_high(data[k]), magnitude, uniform_from_high_half(words[k]));
+      const float even = add_scaled(Half::widen_low(data[k]), magnitude, noise_from_low_half<kind>(words[k]));
+      const float odd = add_scaled(Half::widen_high(data[k]), magnitude, noise_from_high_half<kind>(words[k]));
       data[k] = Half::pack(even, odd);
     }
   }
@@ -110,7 +113,10 @@ struct ColumnBlock {
 
   uint32_t data[4 * kVectors];
 
-  NEFT_FUNCTION void add_noise(float magnitude, const uint32_t (&words)[4]) { Element::add(data, magnitude, words); }
+  template <NoiseKind kind>
+  NEFT_FUNCTION void add_noise(float magnitude, const uint32_t (&words)[4]) {
+    Element::template add<kind>(data, magnitude, words);
+  }
 
   NEFT_FUNCTION void fill_with_nan() {
     NEFT_UNROLL

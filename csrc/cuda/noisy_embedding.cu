@@ -1,9 +1,8 @@
-// noisy_embedding on CUDA: out[t] = weight[input_ids[t]] + magnitude[t] * uniform(seed, stream, first_token + t), and
+// noisy_embedding on CUDA: out[t] = weight[input_ids[t]] + magnitude[t] * noise(seed, stream, first_token + t), and
 // NaN where the id is out of range.
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.cuh"
 
 namespace neft {
@@ -19,14 +18,14 @@ Tensor noisy_embedding_of(const Tensor& input_ids, const Tensor& weight, const N
   return out;
 }
 
-// The last three are for the gradient.
+// The last three but one are for the gradient.
 Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tensor& seed,
                        const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/) {
+                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/, int64_t kind) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have 2 dimensions");
   check_device(weight, "weight", weight);
   check_device(input_ids, "input_ids", weight);
-  const Noise noise(weight, seed, token_magnitude, magnitude, stream, first_token, input_ids.numel());
+  const Noise noise(weight, seed, token_magnitude, magnitude, stream, first_token, kind, input_ids.numel());
   switch (input_ids.scalar_type()) {
     case ScalarType::Long: return noisy_embedding_of<int64_t>(input_ids, weight, noise);
     case ScalarType::Int: return noisy_embedding_of<int32_t>(input_ids, weight, noise);
@@ -34,7 +33,7 @@ Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tens
   }
 }
 
+const Registration registration("noisy_embedding.cuda", TORCH_BOX(&noisy_embedding));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CUDA, m) { m.impl("noisy_embedding.cuda", TORCH_BOX(&neft::noisy_embedding)); }

@@ -114,7 +114,7 @@ NEFT_FUNCTION Place place_of(Index grid, Index threads, Index block, Index threa
           grid.y * threads.y * kBlocksPerWarp<Element>};
 }
 
-template <class Element, bool kAligned, class RowOf>
+template <class Element, NoiseKind kind, bool kAligned, class RowOf>
 NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
   using Block = ColumnBlock<Element>;
   using Bits = typename Block::Bits;
@@ -155,7 +155,7 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
         uint32_t words[4];
         set_counter(words, first + k * kLanes, token, rows.stream);
         philox4x32(words, key);
-        blocks[k].add_noise(magnitude, words);
+        blocks[k].template add_noise<kind>(magnitude, words);
       }
     } else if (!is_row) {
       for (Block& block : blocks) block.fill_with_nan();

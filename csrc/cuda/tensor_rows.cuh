@@ -31,9 +31,10 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& d
 class Noise {
  public:
   Noise(const Tensor& data, const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude,
-        int64_t stream, int64_t first_token, int64_t num_tokens)
-      : seed_(seed), magnitude_(static_cast<float>(magnitude)), stream_(static_cast<uint32_t>(stream)),
+        int64_t stream, int64_t first_token, int64_t kind, int64_t num_tokens)
+      : kind_(static_cast<NoiseKind>(kind)), seed_(seed), magnitude_(static_cast<float>(magnitude)), stream_(static_cast<uint32_t>(stream)),
         first_token_(first_token) {
+    STD_TORCH_CHECK(0 <= kind && kind < kNoiseKinds, "noise must be in [0, ", kNoiseKinds, ")");
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
     if (seed.is_cpu())
       seed_value_ = *static_cast<const int64_t*>(seed.const_data_ptr());
@@ -47,6 +48,8 @@ class Noise {
     }
   }
 
+  NoiseKind kind() const { return kind_; }
+
   template <class RowOf>
   void set(Rows<RowOf>& rows) const {
     rows.seed = seed_.is_cpu() ? nullptr : static_cast<const int64_t*>(seed_.const_data_ptr());
@@ -59,6 +62,7 @@ class Noise {
   }
 
  private:
+  NoiseKind kind_;
   Tensor seed_;
   int64_t seed_value_ = 0;
   std::optional<Tensor> token_magnitude_;
@@ -67,22 +71,31 @@ class Noise {
   int64_t first_token_;
 };
 
-template <class Element, bool kAligned, class RowOf>
+template <class Element, NoiseKind kind, bool kAligned, class RowOf>
 __global__ void __launch_bounds__(kLanes* kWarps) noisy_rows_kernel(Rows<RowOf> rows) {
   const auto index = [](const auto& xyz) { return Index{xyz.x, xyz.y, xyz.z}; };
   const Place place = place_of<Element>(index(gridDim), index(blockDim), index(blockIdx), index(threadIdx));
-  add_noise_to_rows<Element, kAligned>(rows, place);
+  add_noise_to_rows<Element, kind, kAligned>(rows, place);
 }
 
-template <class Element, class RowOf>
-void launch(Rows<RowOf> rows, cudaStream_t stream) {
+template <class Element, NoiseKind kind, class RowOf>
+void launch_kind(Rows<RowOf> rows, cudaStream_t stream) {
   const LaunchPlan plan = plan_launch<Element>(rows);
   const dim3 grid(plan.grid.x, plan.grid.y, plan.grid.z), threads(plan.threads.x, plan.threads.y, plan.threads.z);
   if (plan.aligned)
-    noisy_rows_kernel<Element, true><<<grid, threads, 0, stream>>>(rows);
+    noisy_rows_kernel<Element, kind, true><<<grid, threads, 0, stream>>>(rows);
   else
-    noisy_rows_kernel<Element, false><<<grid, threads, 0, stream>>>(rows);
+    noisy_rows_kernel<Element, kind, false><<<grid, threads, 0, stream>>>(rows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class Element, class RowOf>
+void launch(const Rows<RowOf>& rows, NoiseKind kind, cudaStream_t stream) {
+  switch (kind) {
+    case NoiseKind::kUniform: return launch_kind<Element, NoiseKind::kUniform>(rows, stream);
+    case NoiseKind::kSign: return launch_kind<Element, NoiseKind::kSign>(rows, stream);
+    case NoiseKind::kGaussian: return launch_kind<Element, NoiseKind::kGaussian>(rows, stream);
+  }
 }
 
 // out[token] = data[row_of(token)] + noise, for every token. `out` is contiguous. Does not wait for the device.
@@ -99,10 +112,10 @@ void add_noise_to_rows(const Tensor& data, RowOf row_of, int64_t row_stride, int
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(data.get_device_index(), &stream));
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (data.scalar_type()) {
-    case ScalarType::Float: return launch<Fp32>(rows, cuda_stream);
-    case ScalarType::Double: return launch<Fp64>(rows, cuda_stream);
-    case ScalarType::Half: return launch<Fp16>(rows, cuda_stream);
-    case ScalarType::BFloat16: return launch<Bf16>(rows, cuda_stream);
+    case ScalarType::Float: return launch<Fp32>(rows, noise.kind(), cuda_stream);
+    case ScalarType::Double: return launch<Fp64>(rows, noise.kind(), cuda_stream);
+    case ScalarType::Half: return launch<Fp16>(rows, noise.kind(), cuda_stream);
+    case ScalarType::BFloat16: return launch<Bf16>(rows, noise.kind(), cuda_stream);
     default: throw std::invalid_argument("the element type must be fp32, fp64, fp16 or bf16");
   }
 }

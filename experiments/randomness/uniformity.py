@@ -94,12 +94,13 @@ def largest(tail: float, number: int) -> float:
     return two_sided(-math.expm1(number * math.log1p(-tail))) if tail < 1 else 0.0
 
 
-def moments(counts: np.ndarray) -> dict[str, dict[str, float]]:
+def moments(counts: np.ndarray, noise: np.ndarray | None = None) -> dict[str, dict[str, float]]:
     """Mean, variance, skewness and kurtosis about the known mean and, the last two, by the known standard deviation.
 
-    Each with what is expected of the lattice, its standard error and its p-value.
+    `noise` is that of each level, default ``values``. Each with what is expected of the lattice, its standard error and its
+    p-value.
     """
-    u, n = values(counts.size.bit_length() - 1), int(counts.sum())
+    u, n = values(counts.size.bit_length() - 1) if noise is None else noise, int(counts.sum())
     exact = {power: float((u**power).mean()) for power in range(1, 9)}
     deviation = math.sqrt(exact[2])
     found = {}

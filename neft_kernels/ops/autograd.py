@@ -14,8 +14,6 @@ from .seed import draw_seed
 
 __all__ = ["NoisyEmbedding", "add_noise", "noisy_embedding"]
 
-NOISE_ARGUMENTS = 5  # seed, token_magnitude, magnitude, stream, first_token
-
 
 class _OpFunction(torch.autograd.Function):
     generate_vmap_rule = True
@@ -29,7 +27,7 @@ class NoisyEmbedding(_OpFunction):
     """Embedding look-up plus noise in one kernel. The gradient is that of the plain embedding.
 
     ``NoisyEmbedding.apply(op, input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, padding_idx,
-    scale_grad_by_freq, sparse)``
+    scale_grad_by_freq, sparse, noise)``
 
     All arguments are positional and already checked; :func:`noisy_embedding` checks them and calls this. `op` is an overload
     of ``torch.ops.neft_kernels.noisy_embedding``, and the others are its arguments. A `padding_idx` of -1 is none. The noise
@@ -38,30 +36,32 @@ class NoisyEmbedding(_OpFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.op, input_ids, weight, *_, padding_idx, scale_grad_by_freq, sparse = inputs
+        ctx.op, input_ids, weight, *rest = inputs
+        _, _, _, _, _, padding_idx, scale_grad_by_freq, sparse, *_ = rest
         ctx.save_for_backward(input_ids)
         ctx.num_embeddings, ctx.options = weight.shape[0], (padding_idx, scale_grad_by_freq, sparse)
+        ctx.no_gradients = (None,) * len(rest)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (input_ids,) = ctx.saved_tensors
         grad_weight = _embedding_grad(ctx.op, grad, input_ids, ctx.num_embeddings, *ctx.options)
-        return None, None, grad_weight, *(None,) * (NOISE_ARGUMENTS + len(ctx.options))
+        return None, None, grad_weight, *ctx.no_gradients
 
 
 class AddNoise(_OpFunction):
     """Noise on given embeddings. The gradient passes through unchanged.
 
-    ``AddNoise.apply(op, embeds, seed, token_magnitude, magnitude, stream, first_token)``, see :func:`add_noise`.
+    ``AddNoise.apply(op, embeds, seed, token_magnitude, magnitude, stream, first_token, noise)``, see :func:`add_noise`.
     """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        pass
+        ctx.no_gradients = (None,) * len(inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return None, grad, *(None,) * NOISE_ARGUMENTS
+        return None, grad, *ctx.no_gradients
 
 
 def _embedding_grad(
@@ -140,6 +140,7 @@ def noisy_embedding(
     weight: Tensor,
     magnitude: float | Tensor,
     *,
+    noise: str = "uniform",
     seed: int | Tensor | None = None,
     stream: int = 0,
     first_token: int = 0,
@@ -148,13 +149,16 @@ def noisy_embedding(
     sparse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``weight[input_ids] + magnitude * u``, ``u`` uniform in (-1, 1), in one kernel.
+    """``weight[input_ids] + magnitude * n``, ``n`` noise, in one kernel.
 
     Args:
         input_ids: token ids, any shape ``[...]`` and any integer dtype.
         weight: the embedding table, ``[V, D]``; float32, float64, float16 or bfloat16.
-        magnitude: the bound of the noise, >= 0: a number, or a float32 tensor broadcastable to ``input_ids.shape``. A
-            token of magnitude 0 gets its row unchanged. :func:`neft_kernels.noise_magnitude` computes NEFTune's.
+        magnitude: what the noise is multiplied by, >= 0: a number, or a float32 tensor broadcastable to ``input_ids.shape``.
+            A token of magnitude 0 gets its row unchanged. :func:`neft_kernels.noise_magnitude` computes NEFTune's.
+        noise: "uniform": in (-1, 1), as in NEFTune. "sign": 1 or -1, each as likely, as in SymNoise. "gaussian": normally
+            distributed to within 0.004 standard deviations, and never beyond 5.3 of them. The root mean square is 1/sqrt(3)
+            for "uniform" and "gaussian", and 1 for "sign".
         seed: an int64 tensor of one element, on the device or on the CPU, or an int. None draws a seed from the device's
             default generator. The same seed gives the same noise on every backend and device.
         stream: in [0, 2**32). Replicas that share a seed use different streams.
@@ -171,19 +175,20 @@ def noisy_embedding(
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value. The message names it.
         RuntimeError: the backend that was asked for cannot run here.
 
-    The noise is that of NEFTune (Jain et al. 2023, arXiv 2310.05914). :mod:`neft_kernels.ops.reference` defines every bit of
-    it.
+    NEFTune is Jain et al. 2023, arXiv 2310.05914; SymNoise is Yadav and Singh 2023, arXiv 2312.01523, which also shows each
+    example with the negative of its noise. :mod:`neft_kernels.ops.reference` defines every bit of the noise.
     """
     checks.check_values(weight, "weight", 2)
     device = weight.device
     input_ids = checks.check_input_ids(input_ids, device)
     token_magnitude, number = checks.check_magnitude(magnitude, input_ids.shape, device)
+    kind = checks.check_noise(noise)
     if stream or first_token:
         checks.check_counters(stream, first_token)
     padding_idx = checks.check_padding_idx(padding_idx, weight.shape[0])
     op = OVERLOADS["noisy_embedding"][choose_backend(device.type, backend)]
     seed = draw_seed(device) if seed is None else checks.check_seed(seed, device)
-    args = (seed, token_magnitude, number, stream, first_token, padding_idx, scale_grad_by_freq, sparse)
+    args = (seed, token_magnitude, number, stream, first_token, padding_idx, scale_grad_by_freq, sparse, kind)
     if forward_ad._current_level >= 0:
         plain = torch.nn.functional.embedding(input_ids, weight, padding_idx if padding_idx >= 0 else None)
         return _with_tangent(op(input_ids, weight.detach(), *args), plain)
@@ -194,17 +199,18 @@ def add_noise(
     embeds: Tensor,
     magnitude: float | Tensor,
     *,
+    noise: str = "uniform",
     seed: int | Tensor | None = None,
     stream: int = 0,
     first_token: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """``embeds + magnitude * u``: the noise of :func:`noisy_embedding` on embeddings that are not a plain table look-up.
+    """``embeds + magnitude * n``: the noise of :func:`noisy_embedding` on embeddings that are not a plain table look-up.
 
     Args:
         embeds: ``[..., D]``; float32, float64, float16 or bfloat16.
-        magnitude: the bound of the noise, >= 0: a number, or a float32 tensor broadcastable to ``embeds.shape[:-1]``.
-        seed, stream, first_token, backend: as in :func:`noisy_embedding`.
+        magnitude: what the noise is multiplied by, >= 0: a number, or a float32 tensor broadcastable to ``embeds.shape[:-1]``.
+        noise, seed, stream, first_token, backend: as in :func:`noisy_embedding`.
 
     Returns:
         ``[..., D]``, contiguous, a new tensor. The gradient passes through unchanged.
@@ -215,11 +221,12 @@ def add_noise(
     checks.check_values(embeds, "embeds", None)
     device = embeds.device
     token_magnitude, number = checks.check_magnitude(magnitude, embeds.shape[:-1], device)
+    kind = checks.check_noise(noise)
     if stream or first_token:
         checks.check_counters(stream, first_token)
     op = OVERLOADS["add_noise"][choose_backend(device.type, backend)]
     seed = draw_seed(device) if seed is None else checks.check_seed(seed, device)
-    args = (seed, token_magnitude, number, stream, first_token)
+    args = (seed, token_magnitude, number, stream, first_token, kind)
     if forward_ad._current_level >= 0:
         return _with_tangent(op(embeds.detach(), *args), embeds)
     return _call(AddNoise, embeds, op, embeds, *args)

@@ -6,6 +6,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from .reference import NOISES
+
 _ID_DTYPES = frozenset((torch.int64, torch.int32))
 _OTHER_ID_DTYPES = frozenset(
     (torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)  # converted to int64
@@ -17,6 +19,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """`value` of argument `name` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_noise(noise: str) -> int:
+    """Returns the kind of noise as the ops take it."""
+    check_choice("noise", noise, NOISES)
+    return NOISES.index(noise)
 
 
 def check_alpha(alpha: float) -> None:

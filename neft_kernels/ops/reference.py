@@ -17,7 +17,19 @@ backend.
     * fp32, fp64: word ``column % 4``; ``u = ((int32(word) >> 8) | 1) * 2**-23``
     * fp16, bf16: half of word ``(column % 8) // 2``, the low half for even columns; with ``h`` in [0, 65535],
       ``u = (2*h + 1 - 65536) * 2**-16``
-5.  Sum. ``out = round_dtype(round_f32(w + round_f32(m * u)))``, ``m`` the token's magnitude rounded to fp32: two
+5.  Uniform to noise ``n``, by the kind of noise:
+
+    * uniform: ``n = u``.
+    * sign: ``n = 1`` where ``u > 0``, else ``n = -1``.
+    * gaussian: about the normal quantile of ``(1 + u) / 2``, divided by sqrt(3) so that the root mean square is that of
+      ``u``. In float32; each product, sum and difference is rounded to nearest even by itself:
+
+      - ``q = (1 - u) * (1 + u)``, where both factors are exact; ``r = q * q``; ``s = r * r``.
+      - ``x = float(0x3FFF0000 - (bits(s) >> 7))``, where ``bits`` takes the 32 bits of a float32 as an integer, and ``float``
+        is its inverse. So ``x`` is about ``1 - log2(q) / 32``.
+      - ``n = ((A * u) * (B - x)) * (((x - C)**2 + D) * ((x - E)**2 + F))``, where A to F are the float32 numbers nearest to
+        ``GAUSSIAN_FACTORS``, in this order.
+6.  Sum. ``out = round_dtype(round_f32(w + round_f32(m * n)))``, ``m`` the token's magnitude rounded to fp32: two
     separate float32 roundings and no fused multiply-add, round to nearest even, NaN and infinity pass through. fp64
     does the same in float64. Where ``m == 0`` the row is returned unchanged, bit for bit.
 """
@@ -27,7 +39,28 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["add_noise", "noisy_embedding", "philox4x32", "uniform"]
+__all__ = [
+    "GAUSSIAN",
+    "NOISES",
+    "SIGN",
+    "UNIFORM",
+    "add_noise",
+    "noisy_embedding",
+    "philox4x32",
+    "shape_noise",
+    "uniform",
+]
+
+NOISES = ("uniform", "sign", "gaussian")  # the kinds of noise; the ops take the index
+UNIFORM, SIGN, GAUSSIAN = range(3)
+GAUSSIAN_FACTORS = (
+    13.442853,
+    2.2166462,
+    1.579746,
+    0.51102036,
+    0.78377885,
+    0.0049715075,
+)  # A to F; experiments/randomness/gaussian.py fits them
 
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Salmon et al. 2011, table 2
@@ -62,7 +95,7 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -
 
 
 def uniform(tokens: Tensor, embedding_dim: int, dtype: torch.dtype, seed: Tensor, stream: int = 0) -> Tensor:
-    """Noise in (-1, 1) for the given token numbers.
+    """Uniform numbers in (-1, 1) for the given token numbers.
 
     Args:
         tokens: int64, ``[T]``, the absolute token numbers (``first_token`` already added).
@@ -95,6 +128,27 @@ def uniform(tokens: Tensor, embedding_dim: int, dtype: torch.dtype, seed: Tensor
     return u.reshape(tokens.numel(), -1)[:, :embedding_dim]
 
 
+def shape_noise(u: Tensor, noise: int) -> Tensor:
+    """The noise that kind `noise` makes of uniforms, in their type."""
+    if noise == UNIFORM:
+        return u
+    if noise == SIGN:
+        return torch.where(u > 0, 1.0, -1.0).to(u.dtype)
+    single = u.to(torch.float32)  # exact
+    x = _octaves(single)
+    a, b, c, d, e, f = torch.tensor(GAUSSIAN_FACTORS, dtype=torch.float32, device=u.device)
+    n = ((a * single) * (b - x)) * (((x - c) * (x - c) + d) * ((x - e) * (x - e) + f))
+    return n.to(u.dtype)
+
+
+def _octaves(u: Tensor) -> Tensor:
+    """About ``1 - log2(1 - u**2) / 32``: exponent and fraction of a float, as one integer, are a rough logarithm."""
+    q = (1 - u) * (1 + u)
+    r = q * q
+    s = r * r
+    return (0x3FFF0000 - (s.view(torch.int32) >> 7)).view(torch.float32)
+
+
 def noisy_embedding(
     input_ids: Tensor,  # [...], int32 or int64
     weight: Tensor,  # [V, D]
@@ -103,10 +157,11 @@ def noisy_embedding(
     magnitude: float,
     stream: int,
     first_token: int,
+    noise: int = UNIFORM,
 ) -> Tensor:  # [..., D]
-    """``weight[input_ids] + magnitude * uniform``; ids are taken to be in range."""
+    """``weight[input_ids] + magnitude * noise``; ids are taken to be in range."""
     embeds = weight.index_select(0, input_ids.reshape(-1)).reshape(*input_ids.shape, weight.shape[1])
-    return add_noise(embeds, seed, token_magnitude, magnitude, stream, first_token)
+    return add_noise(embeds, seed, token_magnitude, magnitude, stream, first_token, noise)
 
 
 def add_noise(
@@ -116,8 +171,9 @@ def add_noise(
     magnitude: float,
     stream: int,
     first_token: int,
+    noise: int = UNIFORM,
 ) -> Tensor:  # [..., D]
-    """``embeds + magnitude * uniform``."""
+    """``embeds + magnitude * noise``."""
     *leading, embedding_dim = embeds.shape
     out = torch.empty(embeds.shape, dtype=embeds.dtype, device=embeds.device)
     num_tokens = out[..., 0].numel() if embedding_dim else 0
@@ -133,13 +189,13 @@ def add_noise(
     for start in range(0, num_tokens, tokens_at_once):
         part = slice(start, min(start + tokens_at_once, num_tokens))
         tokens = first_token + torch.arange(part.start, part.stop, device=embeds.device)
-        u = uniform(tokens, embedding_dim, embeds.dtype, seed, stream)
-        out_rows[part] = _add(rows[part], magnitudes[part], u)
+        n = shape_noise(uniform(tokens, embedding_dim, embeds.dtype, seed, stream), noise)
+        out_rows[part] = _add(rows[part], magnitudes[part], n)
     return out
 
 
-def _add(w: Tensor, m: Tensor, u: Tensor) -> Tensor:
-    noisy = w.to(u.dtype) + m.to(u.dtype) * u
+def _add(w: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    noisy = w.to(n.dtype) + m.to(n.dtype) * n
     return torch.where(m == 0, w, noisy.to(w.dtype))
 
 

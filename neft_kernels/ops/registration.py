@@ -16,14 +16,16 @@ from torch import Tensor
 from . import reference
 from .backends import BACKENDS, switches
 from .checks import check_id_values, check_magnitude_values
+from .native import NAMESPACE
 
 __all__ = ["OVERLOADS"]
 
 _NOISE = "Tensor seed, Tensor? token_magnitude, float magnitude, int stream, SymInt first_token"
 _GRADIENT = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
+_KIND = "int noise=0"  # the index in NOISES; last, because graphs are saved that do not have it
 _SCHEMAS = {
-    "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}) -> Tensor",
-    "add_noise": f"(Tensor embeds, {_NOISE}) -> Tensor",
+    "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}, {_KIND}) -> Tensor",
+    "add_noise": f"(Tensor embeds, {_NOISE}, {_KIND}) -> Tensor",
     "token_magnitude": "(Tensor? attention_mask, Tensor? position_ids, float alpha, int embedding_dim) -> Tensor",
     "embedding_grad": "(Tensor grad, Tensor input_ids, SymInt num_embeddings, int padding_idx, bool scale_grad_by_freq) "
     "-> Tensor",
@@ -66,7 +68,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# --- implementations in Python; those in C++ register themselves when the extension is loaded ------------------------
+# --- implementations in Python; native.py registers those in C++ --------------------------------------------
 
 
 def implementation(op: str, backend: str) -> Callable[..., Tensor]:
@@ -96,13 +98,16 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
         magnitude: float,
         stream: int,
         first_token: int,
-        *_: Any,  # for the gradient
+        padding_idx: int = -1,  # these three are for the gradient
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        noise: int = reference.UNIFORM,
     ) -> Tensor:
         if input_ids.device.type == "cpu":
             check_magnitude_values(token_magnitude, magnitude)
         if input_ids.device.type == "cpu" or switches.check_ids:
             check_id_values(input_ids, weight.shape[0])
-        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token)
+        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, noise)
 
     def add_noise(embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, *rest: Any) -> Tensor:
         if embeds.device.type == "cpu":
@@ -113,17 +118,17 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
     return checked.get(op, compute)
 
 
-library = torch.library.Library("neft_kernels", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 for _op, _schema in _SCHEMAS.items():
     for _backend in _BACKENDS_OF[_op]:
         library.define(f"{_op}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"neft_kernels::{_op}.{_backend}", _FAKES[_op], lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{_op}.{_backend}", _FAKES[_op], lib=library)
         if _backend in ("reference", "triton"):
             _compute = with_checks(_op, implementation(_op, _backend))
             library.impl(f"{_op}.{_backend}", _compute, "CompositeExplicitAutograd")
 
 #: The overloads by name of op and backend.
 OVERLOADS: dict[str, dict[str, Any]] = {
-    op: {backend: getattr(getattr(torch.ops.neft_kernels, op), backend) for backend in backends}
+    op: {backend: getattr(getattr(getattr(torch.ops, NAMESPACE), op), backend) for backend in backends}
     for op, backends in _BACKENDS_OF.items()
 }

@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.driver import driver
 
+from .reference import GAUSSIAN, SIGN, UNIFORM
+
 __all__ = ["add_noise", "noisy_embedding"]
 
 # The largest tile, and its warps. benchmarks/tune_gpu.py tries others.
@@ -34,6 +36,7 @@ MAX_REGISTERS = 80
 MAX_GRID_Y = 65535
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SIGN, _GAUSSIAN = tl.constexpr(SIGN), tl.constexpr(GAUSSIAN)
 
 
 @triton.jit
@@ -60,7 +63,20 @@ def _philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _uniform(tokens, vectors, seed, stream, dtype: tl.constexpr):  # [R], [V] -> [R, V * columns of a vector]
+def _gaussian(u):
+    # Exponent and fraction of a float, as one integer, are a rough logarithm; of the fourth power they are a better one.
+    q = (1 - u) * (1 + u)
+    r = q * q
+    s = r * r
+    x = (0x3FFF0000 - (s.to(tl.int32, bitcast=True) >> 7)).to(tl.float32, bitcast=True)
+    c = x - 1.579746
+    e = x - 0.78377885
+    return ((13.442853 * u) * (2.2166462 - x)) * ((c * c + 0.51102036) * (e * e + 0.0049715075))
+
+
+@triton.jit
+def _noise(tokens, vectors, seed, stream, dtype: tl.constexpr, NOISE: tl.constexpr):
+    # [R], [V] -> [R, V * columns of a vector]
     # The counter's words broadcast against each other, so what depends on the token alone is computed once a token.
     token, vector = tokens[:, None], vectors[None, :]
     block = vector // 2 if dtype == tl.float64 else vector
@@ -80,10 +96,17 @@ def _uniform(tokens, vectors, seed, stream, dtype: tl.constexpr):  # [R], [V] ->
         words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     if dtype.primitive_bitwidth == 16:
         halves = tl.join(words & 0xFFFF, words >> 16)  # low half first
-        u = tl.fma(halves.to(tl.float32), 2.0**-15, 2.0**-16 - 1)  # exact, so nothing is lost by fusing
+        if NOISE == _SIGN:
+            noise = ((~halves << 16) & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
+        else:
+            noise = tl.fma(halves.to(tl.float32), 2.0**-15, 2.0**-16 - 1)  # exact, so nothing is lost by fusing
+    elif NOISE == _SIGN:
+        noise = (words & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
     else:
-        u = ((words.to(tl.int32, bitcast=True) >> 8) | 1).to(tl.float32) * 2.0**-23
-    return tl.reshape(u, [tokens.shape[0], vectors.shape[0] * (128 // dtype.primitive_bitwidth)])
+        noise = ((words.to(tl.int32, bitcast=True) >> 8) | 1).to(tl.float32) * 2.0**-23
+    if NOISE == _GAUSSIAN:
+        noise = _gaussian(noise)
+    return tl.reshape(noise, [tokens.shape[0], vectors.shape[0] * (128 // dtype.primitive_bitwidth)])
 
 
 @triton.jit
@@ -130,6 +153,7 @@ def noisy_rows_kernel(
     CONTIGUOUS: tl.constexpr,  # columns lie side by side
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
@@ -165,9 +189,9 @@ def noisy_rows_kernel(
     w = tl.load(source + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
     given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
-    u = _uniform(first_token + tokens, vectors, seed, stream, dtype)
+    noise = _noise(first_token + tokens, vectors, seed, stream, dtype, NOISE)
     wide = _widen(w)
-    noisy = _round_to(wide + m.to(wide.dtype) * u.to(wide.dtype), dtype)
+    noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), dtype)
 
     # Each row is stored once. Two stores cost less than a choice between their values, element by element.
     target = (out + tokens * embedding_dim + first_column)[:, None] + columns[None, :]
@@ -265,6 +289,7 @@ def _noisy_rows(
     magnitude: float,
     stream: int,
     first_token: int,
+    noise: int,
 ) -> Tensor:
     num_rows, embedding_dim = rows.shape
     num_tokens = num_rows if input_ids is None else input_ids.numel()
@@ -297,7 +322,7 @@ def _noisy_rows(
         *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
-    constants = (unit, column_stride == 1, rows_of_tile, vectors)
+    constants = (unit, column_stride == 1, rows_of_tile, vectors, noise)
     launch_kernel(
         noisy_rows_kernel,
         _grid(num_tokens, rows_of_tile, column_tiles),
@@ -318,18 +343,25 @@ def noisy_embedding(
     magnitude: float,
     stream: int,
     first_token: int,
+    noise: int = UNIFORM,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token)
+    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token, noise)
 
 
 def add_noise(
-    embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, stream: int, first_token: int
+    embeds: Tensor,
+    seed: Tensor,
+    token_magnitude: Tensor | None,
+    magnitude: float,
+    stream: int,
+    first_token: int,
+    noise: int = UNIFORM,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.add_noise`."""
     out = embeds.new_empty(embeds.shape)
     if out.numel() == 0:
         return out
     rows = embeds.reshape(-1, embeds.shape[-1])
-    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token)
+    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token, noise)

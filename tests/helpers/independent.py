@@ -5,6 +5,8 @@ bfloat16, which numpy lacks, is held as uint16 bit patterns and rounded by integ
 numpy's own.
 """
 
+from fractions import Fraction
+
 import numpy as np
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox4x32, Salmon et al., SC'11
@@ -55,6 +57,77 @@ def scale(bits):
     return 2.0**-16 if bits == 16 else 2.0**-23
 
 
+# --- the kinds of noise ----------------------------------------------------------------------------------------------
+
+GAUSSIAN = ("13.442853", "2.2166462", "1.579746", "0.51102036", "0.78377885", "0.0049715075")  # A to F
+WORD_OF_ONE = 0x3FFF0000
+
+
+def noise_of(numerator, bits, noise):
+    """The noise of each numerator, float32."""
+    u = numerator.astype(np.float32) * np.float32(scale(bits))  # exact: 24 bits or fewer
+    if noise == "uniform":
+        return u
+    if noise == "sign":
+        return np.sign(u)
+    assert noise == "gaussian"
+    a, b, c, d, e, f = (np.float32(constant) for constant in GAUSSIAN)
+    one = np.float32(1)
+    q = (one - u) * (one + u)
+    r = q * q
+    s = r * r
+    x = (np.uint32(WORD_OF_ONE) - (s.view(np.uint32) >> np.uint32(7))).view(np.float32)
+    from_c, from_e = x - c, x - e
+    values = ((a * u) * (b - x)) * ((from_c * from_c + d) * (from_e * from_e + f))
+    assert values.dtype == np.float32
+    return values
+
+
+def nearest_float32(value):
+    """The float32 nearest to a fraction, as a fraction; ties to even. For what is zero or neither tiny nor huge."""
+    if value == 0:
+        return value
+    unit = Fraction(1)  # of the last of 24 bits
+    while abs(value) >= unit * 2**24:
+        unit *= 2
+    while abs(value) < unit * 2**23:
+        unit /= 2
+    return round(value / unit) * unit  # Python rounds a fraction to the nearest integer, ties to even
+
+
+def word_of(value):
+    """The 32 bits of a float32 that is given as a positive fraction."""
+    exponent = 0
+    while value >= 2:
+        value, exponent = value / 2, exponent + 1
+    while value < 1:
+        value, exponent = value * 2, exponent - 1
+    fraction = (value - 1) * 2**23
+    assert fraction.denominator == 1
+    return (exponent + 127) << 23 | fraction.numerator
+
+
+def fraction_of(word):
+    """The positive float32 of these 32 bits, as a fraction."""
+    return (1 + Fraction(word % 2**23, 2**23)) * Fraction(2) ** ((word >> 23) - 127)
+
+
+def gaussian_by_fractions(numerator, bits):
+    """Gaussian noise once more, in integers and fractions, without a floating-point unit; the result as a fraction."""
+    a, b, c, d, e, f = (nearest_float32(Fraction(constant)) for constant in GAUSSIAN)
+    n = nearest_float32
+    u = Fraction(numerator, 2**bits if bits == 16 else 2**23)
+    q = n(n(1 - u) * n(1 + u))
+    r = n(q * q)
+    s = n(r * r)
+    x = fraction_of(WORD_OF_ONE - (word_of(s) >> 7))
+    from_c, from_e = n(x - c), n(x - e)
+    return n(n(n(a * u) * n(b - x)) * n(n(n(from_c * from_c) + d) * n(n(from_e * from_e) + f)))
+
+
+# --- the sum ---------------------------------------------------------------------------------------------------------
+
+
 def bfloat16_to_float32(patterns):
     return (patterns.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
@@ -67,7 +140,7 @@ def float32_to_bfloat16(values):
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def add_noise(embeds, dtype_name, magnitude, seed=0, stream=0, first_token=0):
+def add_noise(embeds, dtype_name, magnitude, seed=0, stream=0, first_token=0, noise="uniform"):
     """embeds [..., D] in STORAGE[dtype_name], magnitude a number or broadcastable to embeds.shape[:-1] -> as embeds."""
     assert embeds.dtype == STORAGE[dtype_name]
     rows = embeds.reshape(-1, embeds.shape[-1])
@@ -76,16 +149,16 @@ def add_noise(embeds, dtype_name, magnitude, seed=0, stream=0, first_token=0):
     numerator = numerators(tokens, rows.shape[1], bits, seed, stream)
     m = np.broadcast_to(np.asarray(magnitude, np.float32), embeds.shape[:-1]).reshape(-1, 1)
     working = np.float64 if dtype_name == "float64" else np.float32
-    u = numerator.astype(working) * working(scale(bits))  # exact: 24 bits or fewer
+    n = noise_of(numerator, bits, noise).astype(working)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         wide = bfloat16_to_float32(rows) if dtype_name == "bfloat16" else rows.astype(working)
-        product = m.astype(working) * u
+        product = m.astype(working) * n
         noisy = wide + product
         assert noisy.dtype == product.dtype == working
         narrow = float32_to_bfloat16(noisy) if dtype_name == "bfloat16" else noisy.astype(rows.dtype)
     return np.where(m == 0, rows, narrow).reshape(embeds.shape)
 
 
-def noisy_embedding(ids, weight_array, dtype_name, magnitude, seed=0, stream=0, first_token=0):
+def noisy_embedding(ids, weight_array, dtype_name, magnitude, **noise):
     """ids: integers of any shape, weight_array [V, D] in STORAGE[dtype_name] -> [*ids.shape, D]."""
-    return add_noise(weight_array[np.asarray(ids)], dtype_name, magnitude, seed, stream, first_token)
+    return add_noise(weight_array[np.asarray(ids)], dtype_name, magnitude, **noise)

@@ -140,7 +140,7 @@ class Case:
     weight: torch.Tensor  # [V, D]
     ids: torch.Tensor  # [...]
     magnitude: float | torch.Tensor
-    noise: dict[str, int]  # seed, stream, first_token
+    noise: dict[str, int | str]  # seed, stream, first_token, noise
     embeds: torch.Tensor  # [..., D], what the table holds at the ids, laid out anew
 
     @property
@@ -169,6 +169,7 @@ def cases(draw, max_elements=MAX_ELEMENTS, dtypes=DTYPES):
     ids = draw(generators).integers(0, len(weight), shape)
     ids = draw(laid_out(torch.from_numpy(np.asarray(ids)).to(draw(st.sampled_from(ID_DTYPES)))))
     noise = {"seed": draw(seeds), "stream": draw(streams), "first_token": draw(first_tokens)}
+    noise["noise"] = draw(st.sampled_from(("uniform", "sign", "gaussian")))
     name = str(weight.dtype).removeprefix("torch.")
     rows = to_storage_array(weight, name)[ids.to(torch.int64).numpy()]
     embeds = draw(laid_out(to_tensor(rows, name)))

@@ -52,6 +52,7 @@ class Arguments(ctypes.Structure):
         ("magnitude", ctypes.c_float),
         ("stream", ctypes.c_uint32),
         ("guard_after", ctypes.c_int32),
+        ("noise", ctypes.c_int32),
         ("seed_by_value", ctypes.c_int32),
         ("few_threads", ctypes.c_int32),
         ("out", ctypes.c_void_p),
@@ -109,13 +110,13 @@ def arguments_of(rows, ids=None, token_magnitude=None, magnitude=0.0, identity=I
     return arguments, out
 
 
-def expected_of(rows, ids=None, token_magnitude=None, magnitude=0.0, identity=IDENTITIES[1]):
+def expected_of(rows, ids=None, token_magnitude=None, magnitude=0.0, identity=IDENTITIES[1], noise=reference.UNIFORM):
     seed, stream, first_token = identity
-    noise = (torch.tensor([seed]), token_magnitude, magnitude, stream, first_token)
+    arguments = (torch.tensor([seed]), token_magnitude, magnitude, stream, first_token, noise)
     if ids is None:
-        return reference.add_noise(rows, *noise)
+        return reference.add_noise(rows, *arguments)
     valid = (ids >= 0) & (ids < len(rows))
-    out = reference.noisy_embedding(torch.where(valid, ids, 0), rows, *noise)
+    out = reference.noisy_embedding(torch.where(valid, ids, 0), rows, *arguments)
     out[~valid] = math.nan
     return out
 

@@ -37,18 +37,27 @@ class Guarded {
   size_t bytes_, mapped_;
 };
 
+template <class Element, NoiseKind kind, class RowOf>
+void run_place(const Rows<RowOf>& rows, Place place, bool aligned) {
+  if (aligned)
+    add_noise_to_rows<Element, kind, true>(rows, place);
+  else
+    add_noise_to_rows<Element, kind, false>(rows, place);
+}
+
 // Runs one thread twice, on outputs that differ everywhere, so that every byte it writes shows.
 template <class Element, class RowOf>
-void run_thread(Rows<RowOf> rows, const LaunchPlan& plan, Index block, Index thread, Guarded (&outs)[2],
+void run_thread(Rows<RowOf> rows, NoiseKind kind, const LaunchPlan& plan, Index block, Index thread, Guarded (&outs)[2],
                 uint8_t* times_written, char* out) {
   for (int run = 0; run < 2; ++run) {
     memset(outs[run].begin(), run ? 0xAA : 0x55, outs[run].bytes());
     rows.out = outs[run].begin();
     const Place place = place_of<Element>(plan.grid, plan.threads, block, thread);
-    if (plan.aligned)
-      add_noise_to_rows<Element, true>(rows, place);
-    else
-      add_noise_to_rows<Element, false>(rows, place);
+    switch (kind) {
+      case NoiseKind::kUniform: run_place<Element, NoiseKind::kUniform>(rows, place, plan.aligned); break;
+      case NoiseKind::kSign: run_place<Element, NoiseKind::kSign>(rows, place, plan.aligned); break;
+      case NoiseKind::kGaussian: run_place<Element, NoiseKind::kGaussian>(rows, place, plan.aligned); break;
+    }
   }
   constexpr size_t kChunk = 256;
   char untouched[kChunk];
@@ -88,6 +97,7 @@ struct Arguments {
   float magnitude;
   uint32_t stream;
   int32_t guard_after;     // memory faults right after its last byte, or else right before its first
+  int32_t noise;           // a NoiseKind
   int32_t seed_by_value;
   int32_t few_threads;     // a grid that needs several goes at a row, and the third dimension for rows
   void* out;
@@ -129,7 +139,7 @@ int run(const Arguments& a, RowOf row_of, const Guarded& storage, const Guarded&
   }
   for_each(plan.grid, [&](Index block) {
     for_each(plan.threads, [&](Index thread) {
-      run_thread<Element>(rows, plan, block, thread, outs, a.times_written, static_cast<char*>(a.out));
+      run_thread<Element>(rows, static_cast<NoiseKind>(a.noise), plan, block, thread, outs, a.times_written, static_cast<char*>(a.out));
     });
   });
   return plan.aligned;
@@ -230,7 +240,7 @@ int emulate_last_row(const float* row, int64_t num_tokens, int64_t num_columns, 
   for (uint32_t y = 0; y < plan.grid.y; ++y)
     for_each(plan.threads, [&](Index thread) {
       const Index block{plan.grid.x - 1, y, plan.grid.z - 1};
-      add_noise_to_rows<Fp32, false>(rows, place_of<Fp32>(plan.grid, plan.threads, block, thread));
+      add_noise_to_rows<Fp32, NoiseKind::kUniform, false>(rows, place_of<Fp32>(plan.grid, plan.threads, block, thread));
     });
   memcpy(last_row, static_cast<float*>(out) + (num_tokens - 1) * num_columns, num_columns * sizeof(float));
   munmap(out, bytes);
@@ -251,14 +261,28 @@ void block_words(uint32_t block, int64_t token, uint32_t stream, int64_t seed, u
   memcpy(words, c, sizeof c);
 }
 
-void uniforms_from_words(const uint32_t* words, int64_t count, float* u) {
-  for (int64_t i = 0; i < count; ++i) u[i] = uniform_from_word(words[i]);
+void noise_from_words(int64_t kind, const uint32_t* words, int64_t count, float* noise) {
+  for (int64_t i = 0; i < count; ++i) {
+    switch (static_cast<NoiseKind>(kind)) {
+      case NoiseKind::kUniform: noise[i] = noise_from_word<NoiseKind::kUniform>(words[i]); break;
+      case NoiseKind::kSign: noise[i] = noise_from_word<NoiseKind::kSign>(words[i]); break;
+      case NoiseKind::kGaussian: noise[i] = noise_from_word<NoiseKind::kGaussian>(words[i]); break;
+    }
+  }
 }
 
-void uniforms_from_halves(const uint32_t* words, int64_t count, float* u) {
-  for (int64_t i = 0; i < count; ++i) {
-    u[2 * i] = uniform_from_low_half(words[i]);
-    u[2 * i + 1] = uniform_from_high_half(words[i]);
+void noise_from_halves(int64_t kind, const uint32_t* words, int64_t count, float* noise) {
+  const auto convert = [&](auto from_low_half, auto from_high_half) {
+    for (int64_t i = 0; i < count; ++i) {
+      noise[2 * i] = from_low_half(words[i]);
+      noise[2 * i + 1] = from_high_half(words[i]);
+    }
+  };
+  constexpr auto kUniform = NoiseKind::kUniform, kSign = NoiseKind::kSign, kGaussian = NoiseKind::kGaussian;
+  switch (static_cast<NoiseKind>(kind)) {
+    case kUniform: return convert(noise_from_low_half<kUniform, uint32_t>, noise_from_high_half<kUniform, uint32_t>);
+    case kSign: return convert(noise_from_low_half<kSign, uint32_t>, noise_from_high_half<kSign, uint32_t>);
+    case kGaussian: return convert(noise_from_low_half<kGaussian, uint32_t>, noise_from_high_half<kGaussian, uint32_t>);
   }
 }
 

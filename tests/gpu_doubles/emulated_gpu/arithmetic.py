@@ -158,7 +158,7 @@ _SAME_TYPE: dict[str, tuple[set[str], Callable[..., np.ndarray]]] = {
     "mad.lo": (_INTEGER, lambda a, b, c: a * b + c),
     "min": (_INTEGER, np.minimum),
     "max": (_INTEGER, np.maximum),
-    "neg": (_INTEGER, np.negative),
+    "neg": (_INTEGER | {"f32", "f64"}, np.negative),
     "and": (_BITWISE, np.bitwise_and),
     "or": (_BITWISE, np.bitwise_or),
     "xor": (_BITWISE, np.bitwise_xor),
