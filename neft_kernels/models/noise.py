@@ -51,9 +51,10 @@ class EmbeddingNoise:
         self.last_device: str | None = None  # its device type, such as "cuda"
         #: The root mean square of the embeddings: for scale_by="rms", measured in the first pass with noise.
         self.rms: float | None = None
-        #: That of a recent batch, as :meth:`LookUp.squares` has it, and the number of batches so far.
+        #: That of a batch, as :meth:`LookUp.squares` has it, and whether the next batch is to be measured: the first one,
+        #: and those after :meth:`ratio` was asked for.
         self._squares: Tensor | None = None
-        self._batches = 0
+        self._measures_next = True
         #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
         self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
@@ -67,6 +68,7 @@ class EmbeddingNoise:
             "last_device": None,
             "was_fused": None,
             "_squares": None,
+            "_measures_next": True,
         }
 
     def warn(self, message: str) -> None:
@@ -163,11 +165,10 @@ class EmbeddingNoise:
         """Keeps what ``describe`` reports. Logs the first batch."""
         ids, is_first, options = look_up.ids, self.last_magnitude is None, self.shared.options
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
-        self._batches += 1
         if _is_capturing(ids):
             return
-        if self._batches.bit_count() == 1 and _is_real(ids):  # now and then: after 1, 2, 4, 8 ... batches
-            self._squares = look_up.squares(magnitude)
+        if self._measures_next and _is_real(ids) and (isinstance(magnitude, Tensor) or magnitude > 0):
+            self._squares, self._measures_next = look_up.squares(magnitude), False
         if is_first and logger.isEnabledFor(logging.INFO):
             low, high = self.bounds() or (0.0, 0.0)
             ratio = self.ratio()
@@ -195,6 +196,7 @@ class EmbeddingNoise:
 
     def ratio(self) -> float | None:
         """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
+        self._measures_next = True
         if self.last_magnitude is None or self._squares is None:
             return None
         of_noise, of_embeddings = rms_of_noise(self.last_magnitude, self.shared.options.noise), root(self._squares)
