@@ -102,8 +102,8 @@ class EmbeddingNoise:
             groups += groups_of(options.sequence_group)
         is_compiling = torch.compiler.is_compiling()
         recomputes = in_backward()
-        is_first = not is_compiling and not recomputes and may_be_recomputed()
-        state = generator_state(ids.device) if recomputes or is_first else None
+        remembers = not is_compiling and (recomputes or may_be_recomputed())
+        state = generator_state(ids.device) if remembers else None
         first = self.first_passes.recall(ids, state) if recomputes else None
         first = None if first is OFF else first
         # 1. How strong the noise of each token is.
@@ -116,7 +116,7 @@ class EmbeddingNoise:
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
             self._record(look_up, magnitude, note)
-            if is_first:
+            if remembers and first is None:
                 self.first_passes.remember(ids, state, (magnitude, seed))
         return out
 
