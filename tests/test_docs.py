@@ -12,7 +12,10 @@ from neft_kernels import describe, replace_embeddings
 
 REPOSITORY = Path(__file__).parent.parent
 README, CONTRIBUTING = REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"
-PAGES = [README, CONTRIBUTING, REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PAGES = [
+    *(README, CONTRIBUTING, REPOSITORY / "CHANGELOG.md", REPOSITORY / "examples" / "README.md"),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+]
 MAX_README_LINES = 150
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -84,12 +87,13 @@ def test_a_link_to_nowhere_is_found(tmp_path):
 
 
 def tiny_llama():
-    """A model, and a batch of 16 and of 4 tokens."""
+    """A model with embeddings of the width and the size of SmolLM2-135M's, and a batch of 256 and of 64 tokens."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 1000, "hidden_size": 576, "intermediate_size": 128, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, pad_token_id=0))
-    input_ids, attention_mask = torch.randint(1, 1000, (2, 16)), torch.ones(2, 16, dtype=torch.int64)
-    input_ids[1, 4:] = attention_mask[1, 4:] = 0
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.136)
+    input_ids, attention_mask = torch.randint(1, 1000, (2, 256)), torch.ones(2, 256, dtype=torch.int64)
+    input_ids[1, 64:] = attention_mask[1, 64:] = 0
     return model.train(), {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
@@ -110,6 +114,18 @@ def test_snippets_run(page, tmp_path):
     for number, snippet in enumerate(blocks(page, "python")):
         exec(compile(snippet, f"{page.name}, snippet {number}", "exec"), names)
         training_step(model, batch)
+
+
+def test_what_a_page_shows_is_printed(capsys):
+    """But for the backend, which depends on the machine."""
+    backend = re.compile(r"(?<=backend ')\w+(?=')")
+    shown = re.compile(r"^```python\n(.*?)^```\n\n```output\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    found = shown.findall((REPOSITORY / "docs" / "get-started.md").read_text())
+    assert len(found) == 3
+    names = {}
+    for snippet, output in found:
+        exec(snippet, names)
+        assert backend.sub("", capsys.readouterr().out) == backend.sub("", output)
 
 
 def test_describe_prints_what_the_readme_shows():

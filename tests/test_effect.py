@@ -155,6 +155,7 @@ def test_packed_documents_do_not_see_each_other(prepared):
 def tuned(prepared, tmp_path_factory):
     """All runs of seed 0 and one of another, over two epochs: the result of each, and the batches that it was trained on."""
     found, batches = {}, []
+    twice = replace(TINY, tuning=replace(TINY.tuning, epochs=2))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DataCollatorForSeq2Seq", "DataCollatorWithFlattening"):
 
@@ -167,7 +168,7 @@ def tuned(prepared, tmp_path_factory):
             patch.setattr(effect_training, name, Recording)
         for run in [*(run for run in runs(TINY) if run.seed == 0), Run(PADDED, OURS, 0, 1)]:
             batches.clear()
-            result = fine_tune(replace(TINY, epochs=2), run, prepared, tmp_path_factory.mktemp("tuned"))
+            result = fine_tune(twice, run, prepared, tmp_path_factory.mktemp("tuned"))
             found[run] = result, batches[: result["updates"]]
     return found
 
@@ -202,10 +203,10 @@ def test_noise_has_the_size_it_should_have(tuned):
     tolerance = 5 * math.sqrt(0.8 / 3200) / 2
     for run, (result, _) in tuned.items():
         first = result["first_update"]
-        assert first["documents"] == TINY.update_pairs
+        assert first["documents"] == TINY.tuning.update_pairs
         assert first["padding_noise_rms"] == 0
         if run.noise_by == HOOK:
-            right = run.alpha / math.sqrt(3 * first["row_tokens"] * TINY.hidden_size)
+            right = run.alpha / math.sqrt(3 * first["row_tokens"] * TINY.start.hidden_size)
         else:
             right = run.alpha * first["right_rms_per_alpha"]
             wanted = "last batch within" if run.alpha else "noise off: alpha is 0"

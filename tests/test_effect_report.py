@@ -144,7 +144,7 @@ def test_only_whole_seeds_of_the_newest_experiment_count(written):
     assert json.loads(lines[-1])["settings"]["seed"] == 4
     assert "4 of the 5 planned seeds for each condition" in reported(written)
 
-    others = replace(SMALL, epochs=SMALL.epochs + 1)
+    others = replace(SMALL, tuning=replace(SMALL.tuning, epochs=SMALL.tuning.epochs + 1))
     for run in runs(SMALL)[: 2 * 11]:
         records.append("effect", record_of(run, others), written)
     text = reported(written)
@@ -166,12 +166,12 @@ def test_without_enough_runs_there_is_no_report(written):
 
 
 def test_a_run_is_known_by_its_settings():
-    """A setting that is changed makes another run; the lists of alphas and seeds do not."""
+    """A setting that is changed makes another run; the conditions and the seeds of the experiment do not."""
     run = runs(SMALL)[0]
-    same = replace(SMALL, alphas=(0, 1), seeds=(7,))
+    same = replace(SMALL, conditions=(), seeds=(7,))
     assert effect.settings(same, run, START) == effect.settings(SMALL, run, START)
     assert effect.settings(SMALL, run, "another") != effect.settings(SMALL, run, START)
-    for key, value in asdict(SMALL).items():
-        if key not in ("name", "alphas", "seeds"):
-            other = replace(SMALL, **{key: not value if isinstance(value, bool) else value + 1})
-            assert effect.settings(other, run, START) != effect.settings(SMALL, run, START)
+    for part in ("start", "tuning"):
+        for key, value in asdict(getattr(SMALL, part)).items():
+            changed = replace(getattr(SMALL, part), **{key: not value if isinstance(value, bool) else value + 1})
+            assert effect.settings(replace(SMALL, **{part: changed}), run, START) != effect.settings(SMALL, run, START)

@@ -127,10 +127,14 @@ def test_what_describe_says_for_people():
     assert str(describe(module)) == begin + "no noisy batch recorded yet (compiled models record none)"
     module(IDS)
     assert str(describe(module)) == begin + (
-        "last batch within +-1.02 [no mask or positions were given, so each row of [2, 4] ids counts in full length]"
+        "last batch within +-1.02, 0.599 of the embeddings (strong: above 0.5 it may drown the tokens; choose a smaller "
+        "alpha) [no mask or positions were given, so each row of [2, 4] ids counts in full length]"
     )  # 5 / sqrt(4 * 6)
     module(IDS, attention_mask=MASK)
-    assert str(describe(module)) == begin + "last batch within +-1.18 to 1.44 by sequence"  # of 3 and 2 tokens
+    assert str(describe(module)) == begin + (
+        "last batch within +-1.18 to 1.44 by sequence, 0.758 of the embeddings (strong: above 0.5 it may drown the tokens; "
+        "choose a smaller alpha)"
+    )  # of 3 and 2 tokens
     module = nn.Sequential(embedding(noise_on="prompt", scale_by="batch")).eval()
     assert str(describe(module)) == (
         "0 (NEFTuneEmbedding): noise off: evaluation mode; alpha=5 by batch on the prompt, fused on backend 'cpu', "

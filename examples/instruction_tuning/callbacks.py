@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from neft_kernels import describe
 
-EVALUATIONS = 6  # after the one before the first step
+EVALUATIONS = 3  # after the one before the first step
 WARM_UP, REPEATS = 20, 200
 
 

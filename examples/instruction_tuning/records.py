@@ -25,6 +25,7 @@ class RunSettings:
     batch_size: int
     max_length: int
     learning_rate: float
+    lora: bool  # else all weights are trained
     seed: int
 
     def save(self, path: Path) -> None:
@@ -46,6 +47,13 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class Answer:
+    question: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class RunResult:
     noise: Noise
     device: str
@@ -54,9 +62,8 @@ class RunResult:
     look_up_ms: list[float]  # the bare look-up of the same ids, timed in turn with it
     peak_memory_bytes: int
     peak_memory_kind: str  # what was measured
-    question: str
-    expected_answer: str
-    answer: str
+    answers: list[Answer]  # to the first held-out questions, by the trained model
+    untrained_answers: list[Answer]  # the same before training; of the run without noise alone
     description: str  # str(describe(model))
 
     def save(self, path: Path) -> None:
@@ -66,4 +73,5 @@ class RunResult:
     def load(cls, path: Path) -> "RunResult":
         fields = json.loads(path.read_text())
         curve = [CurvePoint(**point) for point in fields["curve"]]
-        return cls(**{**fields, "noise": Noise(fields["noise"]), "curve": curve})
+        answers = {key: [Answer(**each) for each in fields[key]] for key in ("answers", "untrained_answers")}
+        return cls(**{**fields, **answers, "noise": Noise(fields["noise"]), "curve": curve})

@@ -1,6 +1,9 @@
-"""The results of the three runs as a table, a figure and a JSON file."""
+"""The results of the three runs as a table, answers side by side, a figure and a JSON file."""
 
+import itertools
 import json
+import shutil
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median, quantiles
@@ -17,6 +20,7 @@ from records import Noise, RunResult, RunSettings
 
 COLOURS = {Noise.OFF: "#7a7f87", Noise.TRAINER: "#d9822b", Noise.NEFT_KERNELS: "#1f6feb"}
 INK, FAINT = "#24292f", "#d8dee4"
+GAP, MIN_COLUMN = "  ", 24
 PACKAGES = (neft_kernels, torch, transformers, trl)
 
 
@@ -46,6 +50,22 @@ def table(results: list[RunResult]) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def answers(results: list[RunResult]) -> str:
+    """Each question, the expected answer, and those of the untrained model and of all runs in columns."""
+    columns = [("untrained", results[0].untrained_answers), *((each.noise.value, each.answers) for each in results)]
+    width = max(MIN_COLUMN, shutil.get_terminal_size((120, 24)).columns // len(columns) - len(GAP))
+    lines = []
+    for number, asked in enumerate(results[0].answers):
+        lines += [asked.question, *textwrap.wrap(f"expected: {asked.expected}", len(columns) * width), ""]
+        cells = [
+            [*textwrap.wrap(title, width), "-" * width, *(textwrap.wrap(given[number].answer, width) or ["(nothing)"])]
+            for title, given in columns
+        ]
+        rows = itertools.zip_longest(*cells, fillvalue="")
+        lines += [*(GAP.join(cell.ljust(width) for cell in row).rstrip() for row in rows), ""]
+    return "\n".join(lines).rstrip()
 
 
 def save_json(path: Path, settings: RunSettings, results: list[RunResult]) -> None:
@@ -114,12 +134,13 @@ def draw_times(axes: Axes, results: list[RunResult]) -> None:
     firsts, medians, thirds = zip(*(quantiles(result.embedding_ms) for result in results), strict=True)
     positions = range(len(results))
     axes.bar(positions, medians, width=0.55, color=[COLOURS[result.noise] for result in results])
-    axes.vlines(positions, firsts, thirds, color=INK, linewidth=1.2)
+    highest = 1.3 * max(medians)  # quartiles of a busy machine may be far above
+    axes.vlines(positions, firsts, [min(third, highest) for third in thirds], color=INK, linewidth=1.2)
     for position, third, result in zip(positions, thirds, results, strict=True):
         milliseconds, look_up = median(result.embedding_ms), median(result.look_up_ms)
         axes.annotate(
             f"{milliseconds:.3g} ms\n{milliseconds / look_up:.1f} x look-up",
-            (position, third),
+            (position, min(third, highest)),
             xytext=(0, 5),
             textcoords="offset points",
             ha="center",
@@ -127,7 +148,7 @@ def draw_times(axes: Axes, results: list[RunResult]) -> None:
             fontsize=9,
             color=INK,
         )
-    axes.set_ylim(0, 1.2 * max(thirds))
+    axes.set_ylim(0, 1.2 * min(highest, max(thirds)))
     axes.set_xlim(-0.6, len(results) - 0.4)
     axes.set_xticks(positions, [result.noise.value.replace("Trainer ", "Trainer\n") for result in results])
 

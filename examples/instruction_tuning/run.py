@@ -1,7 +1,7 @@
 """One training run, in a process of its own so that its peak memory is its own: `python run.py SETTINGS RESULT`.
 
 Trains with SFTTrainer, measures the training and the held-out loss on the way (in eval mode, and so without noise),
-times every training forward of the token embedding, and answers one held-out question.
+times the training forward of the token embedding, and answers held-out questions.
 """
 
 import resource
@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,10 +24,12 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from callbacks import ProgressBar, WatchEmbedding
-from inputs import Examples, first_question
+from inputs import Examples, prompt_text, question_and_answer
 from neft_kernels import replace_embeddings
-from records import CurvePoint, Noise, RunResult, RunSettings
+from records import Answer, CurvePoint, Noise, RunResult, RunSettings
 
+LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 16, "lora_alpha": 32}
+ANSWERED_QUESTIONS = 2
 MAX_ANSWER_TOKENS = 64
 
 # SFTConfig turns it on by default; transformers has renamed it.
@@ -39,7 +42,17 @@ def run(settings: RunSettings) -> RunResult:
     set_seed(settings.seed)
     examples = Examples.load(Path(settings.examples))
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    if settings.lora:
+        model = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16, lora_alpha=32)
+        )
+    is_plain = settings.noise is Noise.OFF
+    untrained_answers = answer_questions(model, tokenizer, examples, settings.max_length) if is_plain else []
     if settings.noise is Noise.NEFT_KERNELS:
         replace_embeddings(model, alpha=settings.alpha)
 
@@ -53,7 +66,6 @@ def run(settings: RunSettings) -> RunResult:
     trainer.train()
 
     peak_memory_bytes, peak_memory_kind = peak_memory()
-    question, expected_answer = first_question(examples)
     return RunResult(
         noise=settings.noise,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",
@@ -62,9 +74,8 @@ def run(settings: RunSettings) -> RunResult:
         look_up_ms=watch.look_up_ms,
         peak_memory_bytes=peak_memory_bytes,
         peak_memory_kind=peak_memory_kind,
-        question=question,
-        expected_answer=expected_answer,
-        answer=generate_answer(model, tokenizer, question, settings.max_length),
+        answers=answer_questions(model, tokenizer, examples, settings.max_length),
+        untrained_answers=untrained_answers,
         description=watch.description,
     )
 
@@ -129,14 +140,26 @@ def peak_memory() -> tuple[int, str]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "resident memory of the whole process"
 
 
-def generate_answer(model: Any, tokenizer: Any, question: str, max_length: int) -> str:
-    """The model's greedy answer, without noise; question and answer get half of `max_length` each at most."""
+def answer_questions(model: Any, tokenizer: Any, examples: Examples, max_length: int) -> list[Answer]:
+    """The model's greedy answers to the first held-out questions, without noise; both have at most `max_length` tokens."""
     model.eval()
-    inputs = tokenizer(question, return_tensors="pt", truncation=True, max_length=max_length // 2).to(model.device)
-    answer_tokens = min(MAX_ANSWER_TOKENS, max_length // 2)
-    output_ids = model.generate(**inputs, max_new_tokens=answer_tokens, do_sample=False)
-    answer: str = tokenizer.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answer.strip()
+    answers = []
+    for example in examples.held_out[:ANSWERED_QUESTIONS]:
+        prompt, expected = question_and_answer(example)
+        inputs = tokenizer(
+            prompt_text(prompt, tokenizer),
+            add_special_tokens=isinstance(prompt, str),  # a chat template names them itself
+            return_tensors="pt",
+            truncation=True,
+            max_length=max_length - 1,
+        ).to(model.device)
+        length = inputs["input_ids"].shape[1]
+        answer_tokens = min(MAX_ANSWER_TOKENS, max_length - length)
+        output_ids = model.generate(**inputs, max_new_tokens=answer_tokens, do_sample=False)
+        text = tokenizer.decode(output_ids[0, length:], skip_special_tokens=True)
+        question = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        answers.append(Answer(question.strip(), expected.strip(), text.strip()))
+    return answers
 
 
 if __name__ == "__main__":

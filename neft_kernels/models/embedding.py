@@ -15,6 +15,7 @@ from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.passes import parameters_of_forward
 from neft_kernels.models.state import ModelNoise
 from neft_kernels.models.strength import LookUp, readable_table
+from neft_kernels.models.switch import is_on
 from neft_kernels.ops.autograd import add_noise, noisy_embedding
 
 __all__ = ["NEFTuneEmbedding", "NoiseHook", "is_wrapper"]
@@ -89,13 +90,13 @@ class NEFTuneEmbedding(nn.Embedding):
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return noise.add(op, LookUp(input, self.weight), part, (), sequences) if noise.is_on(self, input) else plain()
+        return noise.add(op, LookUp(input, self.weight, part=part), sequences) if is_on(noise, self, input) else plain()
 
     def _forward_in_two_steps(
         self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
     ) -> Tensor:
         """The plain forward, then the noise on its output."""
-        if not noise.is_on(self, input):
+        if not is_on(noise, self, input):
             return plain()
         if not sharding.is_dtensor(self.weight):
             return _add_to(plain(), self, noise, input, (), sequences)
@@ -155,7 +156,7 @@ class NoiseHook:
         ids: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds)
         if sharding.is_dtensor(ids):
             ids = ids.full_tensor()
-        if embeds.ndim < 2 or not noise.is_on(module, ids):
+        if embeds.ndim < 2 or not is_on(noise, module, ids):
             return output
         if sharding.is_dtensor(embeds):
             noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, module, noise, ids, groups, sequences))
@@ -193,5 +194,4 @@ def _add_to(
     if is_part and ids.shape != shape:  # the output of tensor parallelism with sequence parallelism
         part = sharding.part_of_output(part, tokens.shape[-1], shape[-1], groups[0])
     op = functools.partial(add_noise, embeds) if part is None else functools.partial(sharding.in_parts, part, embeds)
-    look_up = LookUp(tokens, readable_table(module, tokens, embeds), embeds)
-    return noise.add(op, look_up, part, groups, sequences)
+    return noise.add(op, LookUp(tokens, readable_table(module, tokens, embeds), embeds, part, groups), sequences)

@@ -1,7 +1,7 @@
-"""The noise of one embedding: on or off, its magnitude, its seed and stream, and the record for ``describe``.
+"""The noise of one embedding: its magnitude, its seed and stream, and the record for ``describe``.
 
-Every batch takes the same way, :meth:`EmbeddingNoise.add`, in four steps: the magnitude of the noise, its seed and stream, the
-op, and the record that ``describe`` reads.
+Every batch with noise takes the same way, :meth:`EmbeddingNoise.add`, in four steps: the magnitude of the noise, its seed and
+stream, the op, and the record that ``describe`` reads.
 """
 
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neft_kernels.models.batch import EMPTY_BATCH
 from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state
@@ -34,13 +34,7 @@ from neft_kernels.ops.magnitude import noise_magnitude
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from neft_kernels.models.sharding import Part
-
-__all__ = ["HOOK_ATTRIBUTE", "EmbeddingNoise"]
-
-#: What transformers sets on an embedding that its own NEFTune hook is on, and the name of the hook.
-HOOK_ATTRIBUTE = "neftune_noise_alpha"
-HOOK_NAME = "neftune_post_forward_hook"
+__all__ = ["EmbeddingNoise"]
 
 
 class EmbeddingNoise:
@@ -75,75 +69,24 @@ class EmbeddingNoise:
             "_squares": None,
         }
 
-    # --- on or off ---
-
-    def state(self, module: nn.Module) -> str:
-        """ "on", or why `module` has no noise at this moment."""
-        shared = self.shared
-        if not module.training:
-            return "off: evaluation mode"
-        if not torch.is_grad_enabled() and not shared.options.under_no_grad:
-            return "off: gradients are disabled"
-        if shared.paused:
-            return "off: inside no_noise"
-        if shared.passes.batch.generating:
-            return "off: a cache is passed, so the model is generating"
-        if _other_noise_is_on(module):
-            return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
-        return "off: alpha is 0" if shared.alpha.is_always_zero() else "on"
-
-    def is_on(self, module: nn.Module, ids: Tensor) -> bool:
-        """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had."""
-        self.shared.coverage.reach()
-        self.warn_of_other_noise(module)
-        is_on = self.state(module) == "on"
-        if torch.compiler.is_compiling():
-            return is_on
-        if in_backward():
-            first = self.first_passes.recall(ids, generator_state(ids.device), exactly=not module.training)
-            if first is None:
-                return is_on
-            if first is OFF and is_on:
-                self._warn(
-                    "activation checkpointing recomputed a pass without noise, because its first run had none; if gradients "
-                    "were disabled in that, set under_no_grad=True, or checkpoint with use_reentrant=False"
-                )
-            return first is not OFF
-        if module.training and not is_on:
-            self.first_passes.remember(ids, generator_state(ids.device), OFF)
-        return is_on
-
-    def warn_of_other_noise(self, module: nn.Module) -> None:
-        """Says once that this noise is off because the Hugging Face hook is on."""
-        if _other_noise_is_on(module):
-            self._warn(
-                "the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise, so ours is off; "
-                "to use neft_kernels instead, unset it"
-            )
-
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Logs a warning, once."""
         if not torch.compiler.is_compiling() and message not in self._warned:
             self._warned.add(message)
             logger.warning("%s: %s", self.name, message)
-
-    # --- one batch ---
 
     def add(
         self,
         op: Callable[..., Tensor],
         look_up: LookUp,
-        part: "Part | None",
-        groups: "Sequence[ProcessGroup]",
         arguments: dict[str, Tensor | None],
     ) -> Tensor:
-        """The result of `op` with the noise of one batch. Call it only if :meth:`is_on`.
+        """The result of `op` with the noise of one batch. Call it only if :func:`~neft_kernels.models.switch.is_on`.
 
         Args:
             op: is called with the keyword arguments ``magnitude``, ``noise``, ``seed``, ``stream`` and ``backend``.
             look_up: the embeddings that `op` adds the noise to. The values of its ids count only where a model rearranges
                 them.
-            part: the part that the ids are of whole rows. None: they are whole rows.
-            groups: the process groups over which the table is sharded.
             arguments: those of :func:`neft_kernels.noise_magnitude` about the sequences. Without any, those of the model's
                 forward pass are used.
         """
@@ -152,15 +95,15 @@ class EmbeddingNoise:
             raise TypeError(
                 "input_ids is a nested tensor, which has no noise yet; pad it, or pack it and pass cu_seq_lens"
             )
-        options = self.shared.options
+        options, groups = self.shared.options, list(look_up.groups)
         if options.sequence_group is not None:
-            groups = [*groups, *groups_of(options.sequence_group)]
+            groups += groups_of(options.sequence_group)
         is_compiling = torch.compiler.is_compiling()
         state = None if is_compiling else generator_state(ids.device)
         first = self.first_passes.recall(ids, state) if in_backward() else None
         first = None if first is OFF else first
         # 1. How strong the noise of each token is.
-        magnitude, note = self._magnitude(look_up, part, groups, arguments) if first is None else (first[0], self.note)
+        magnitude, note = self._magnitude(look_up, groups, arguments) if first is None else (first[0], self.note)
         # 2. Which noise: the ranks of a replica share it. A recomputed pass draws too, so that what follows draws the same.
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
         seed = seed if first is None else first[1]
@@ -174,10 +117,10 @@ class EmbeddingNoise:
         return out
 
     def _magnitude(
-        self, look_up: LookUp, part: "Part | None", groups: "Sequence[ProcessGroup]", arguments: dict[str, Any]
+        self, look_up: LookUp, groups: "Sequence[ProcessGroup]", arguments: dict[str, Any]
     ) -> tuple[float | Tensor, str]:
         """The magnitude of each token of a look-up, and a note if it deviates from the options."""
-        options, ids = self.shared.options, look_up.ids
+        options, ids, part = self.shared.options, look_up.ids, look_up.part
         given, note = ids, ""
         if not arguments:
             batch = self.shared.passes.batch
@@ -221,7 +164,7 @@ class EmbeddingNoise:
         self._batches += 1
         if _is_capturing(ids):
             return
-        if self._batches.bit_count() == 1:  # now and then: after 1, 2, 4, 8 ... batches
+        if self._batches.bit_count() == 1 and _is_real(ids):  # now and then: after 1, 2, 4, 8 ... batches
             self._squares = look_up.squares(magnitude)
         if is_first and logger.isEnabledFor(logging.INFO):
             low, high = self.bounds() or (0.0, 0.0)
@@ -256,16 +199,6 @@ class EmbeddingNoise:
         if not of_noise:
             return 0.0
         return of_noise / of_embeddings if of_embeddings else None
-
-
-def _other_noise_is_on(module: nn.Module) -> bool:
-    """Whether the hook of transformers is on `module`.
-
-    The attribute alone does not count, because some trainers set it without registering the hook.
-    """
-    if HOOK_ATTRIBUTE not in module.__dict__:
-        return False
-    return any(getattr(hook, "__name__", "") == HOOK_NAME for hook in module._forward_hooks.values())
 
 
 def _is_real(magnitude: float | Tensor) -> bool:

@@ -205,14 +205,14 @@ class BatchHook:
             self._check_wrapper(module)
         has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
         must_reach = in_training and input_ids is not None and input_ids.ndim > 0 and not has_embeds
-        self.shared.coverage.begin(must_reach)
+        self.shared.reached.pass_begins(must_reach)
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Pops the batch."""
         self.shared.passes.pop(self)
         if torch.compiler.is_compiling() or self.shared.passes.batch is not EMPTY_BATCH:
             return
-        if self.shared.coverage.end() and output is not None:  # None: the forward failed
+        if self.shared.reached.pass_ends() and output is not None:  # None: the forward failed
             self._warn(
                 "the model's pass in training reached no noisy embedding, so it has no noise; a module that was added "
                 "after replace_embeddings(), such as an adapter, probably looks the tokens up itself; call "

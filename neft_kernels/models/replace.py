@@ -19,6 +19,7 @@ from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.passes import BatchHook, modules_around
 from neft_kernels.models.state import ModelNoise
+from neft_kernels.models.switch import warn_of_other_noise
 from neft_kernels.ops.backends import choose_backend, logger
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
         for submodule in module.modules():
             if isinstance(submodule, NEFTuneEmbedding):  # built by the user; the hook around it adds the noise now
                 submodule.noise = None
-    noise.warn_of_other_noise(module)
+    warn_of_other_noise(noise, module)
 
 
 def restore_embeddings(model: Model) -> Model:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.passes import PassStack
 
-__all__ = ["Coverage", "ModelNoise"]
+__all__ = ["ModelNoise", "ReachedEmbeddings"]
 
 
-class Coverage:
+class ReachedEmbeddings:
     """Whether the model's forward passes in training reach a noisy embedding at all."""
 
     def __init__(self) -> None:
@@ -21,18 +21,18 @@ class Coverage:
         self._reached, self._reached_in_graph = 0, False  # a compiled graph cannot count
         self._before: dict[int, int | None] = {}  # by thread: `_reached` when a pass began that must reach one
 
-    def reach(self) -> None:
+    def embedding_called(self) -> None:
         """A noisy embedding is called."""
         if torch.compiler.is_compiling():
             self._reached_in_graph = True
         else:
             self._reached += 1
 
-    def begin(self, must_reach: bool) -> None:
+    def pass_begins(self, must_reach: bool) -> None:
         """The model begins a pass, which has to reach a noisy embedding or not."""
         self._before[threading.get_ident()] = self._reached if must_reach else None
 
-    def end(self) -> bool:
+    def pass_ends(self) -> bool:
         """The model's pass ends. Returns whether it had to reach a noisy embedding and did not."""
         before = self._before.pop(threading.get_ident(), None)
         if before is None:
@@ -57,7 +57,7 @@ class ModelNoise:
         #: True if shared by all embeddings of a model; False if it belongs to one embedding that was built noisy.
         self.is_shared = is_shared
         self.paused = 0  # number of no_noise() contexts that are active
-        self.passes, self.coverage = PassStack(), Coverage()
+        self.passes, self.reached = PassStack(), ReachedEmbeddings()
         self.warning = ""  # what is wrong with the model, for `describe`
         #: The modules whose forward tells about the batch.
         self.around: weakref.WeakSet[nn.Module] = weakref.WeakSet()

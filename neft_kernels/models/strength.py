@@ -1,14 +1,19 @@
 """How strong the noise is: its root mean square against that of the embeddings that it is added to."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from neft_kernels.models.sharding import sum_over
+from neft_kernels.models.sharding import Part, sum_over
 from neft_kernels.ops.magnitude import wide_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "BOUND",
@@ -30,7 +35,7 @@ RELATIVE_STRENGTH = {"uniform": 1.0, "sign": math.sqrt(3), "gaussian": 1.0}
 #: Outside of these the noise is stronger or weaker against the embeddings than people have found useful.
 WEAK, STRONG = 0.01, 0.5
 
-#: Tokens of a batch that are measured, evenly spaced, and elements of a table that are measured at a time.
+#: About so many tokens of a batch are measured, evenly spaced, and so many elements of a table at a time.
 TOKENS, ELEMENTS = 1024, 1 << 22
 
 
@@ -43,6 +48,10 @@ class LookUp:
     table: Tensor | None
     #: What the module returned, ``[..., l, D]``. None: the rows of `table`, which the op looks up itself.
     output: Tensor | None = None
+    #: The part that the ids are of whole rows. None: they are whole rows.
+    part: Part | None = None
+    #: The process groups over which the table is sharded.
+    groups: "Sequence[ProcessGroup]" = ()
 
     @property
     def embedding_dim(self) -> int:
@@ -56,7 +65,7 @@ class LookUp:
 
         It is about a sample of the tokens. Zeros are not counted: padding in a table, and columns that other ranks hold.
         """
-        every = slice(None, None, -(-self.ids.numel() // TOKENS))
+        every = slice(None, None, max(1, self.ids.numel() // TOKENS))
         if self.output is not None:
             rows = self.output.detach().flatten(0, -2)[every]
         else:
