@@ -164,6 +164,7 @@ plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/,
 	$(BIN)/python -m benchmarks.report_gpu
 	$(BIN)/python -m experiments.randomness.report
 	$(BIN)/python -m experiments.effect.report
+	$(BIN)/python -m experiments.effect.report_pretrained
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
