@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_packed_rows_are_scaled_by_the_length_of_each_sequence(tmp_path, caplog)
     caplog.set_level(logging.INFO, "neft_kernels")
     run("sft", tmp_path)
     (line,) = (message for message in caplog.messages if "noise is on" in message)
-    low, high = (float(word) for word in line.partition("within +-")[2].split(" to "))
+    low, high = map(float, re.search(r"within \+-([\d.]+) to ([\d.]+)", line).groups())
     # The strongest noise is that of the shortest sequence; a whole row of 128 tokens of width 64 has 5 / sqrt(128 * 64).
     assert low > 5 / math.sqrt(128 * 64)
     assert high > 1.2 * low
