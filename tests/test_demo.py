@@ -51,6 +51,7 @@ def shown(demo, library, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         options = ["--model", "tiny", "--steps", "3", "--batch-size", "4", "--output", str(output)]
         patch.setattr(sys, "argv", ["train.py", *options])
+        patch.setenv("COLUMNS", "140")  # wide enough for a title in a line
 
         def run(settings):
             result = demo["run"].run(settings)

@@ -217,7 +217,7 @@ def test_noise_has_the_size_it_should_have(tuned):
             right = run.alpha * first["right_rms_per_alpha"]
             wanted = "last batch within" if run.alpha else "noise off: alpha is 0"
             assert wanted in result["describe"]
-            assert result["describe"].endswith("by sequence") == (run.alpha > 0)
+            assert (" by sequence, " in result["describe"].partition("last batch within")[2]) == (run.alpha > 0)
         assert first["noise_rms"] == pytest.approx(right, rel=tolerance)
 
 
@@ -299,3 +299,25 @@ def test_an_experiment_goes_on_where_it_was(library, cache, tmp_path, monkeypatc
     again, first = json.loads(path.read_text().splitlines()[-1]), json.loads(lines[-1])
     assert again["outcomes"] == first["outcomes"]  # the same run, so the same result
     assert path.read_bytes().startswith(before[:-100] + b"\n")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_run_that_fails_does_not_stop_the_others(library, cache, tmp_path, monkeypatch):
+    """Its error is shown, it has no record, and the next call repeats it alone."""
+    broken = runs(TINY)[1]
+
+    def work(preset, run, folder):
+        if run == broken:
+            raise RuntimeError("no such noise")
+        return {"outcomes": {}}
+
+    monkeypatch.setattr(effect, "RESULTS", tmp_path)
+    monkeypatch.setattr(effect, "work", work)
+    monkeypatch.setattr(effect, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    shown = []
+    monkeypatch.setattr(effect.tqdm, "write", lambda self, text: shown.append(text))
+    with pytest.raises(SystemExit, match=f"1 of {len(runs(TINY))} runs failed"):
+        effect.experiment(TINY, 1, cache, library)
+    assert "RuntimeError: no such noise" in "".join(shown)
+    start = json.loads((tmp_path / "effect.jsonl").read_text().splitlines()[0])["start"]
+    assert effect.pending(TINY, start) == [broken]

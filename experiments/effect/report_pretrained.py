@@ -108,8 +108,10 @@ def section(results: Results, preset: str) -> str:
             f"{min(settings['loss_pairs'], start['held_out_pairs'])} held-out and {min(settings['loss_pairs'], pairs)} "
             "training pairs; that of the untouched model is on other pairs of the training side. The other outcomes are "
             f"those of greedy answers, of at most {settings['answer_tokens']} tokens, to "
-            f"{min(settings['answered_pairs'], start['held_out_pairs'])} held-out questions. The embedding table has a root "
-            f"mean square of {start['embedding_rms']:.3f}. Measured on {any_record['device']}, commit {any_record['commit']}; "
+            f"{min(settings['answered_pairs'], start['held_out_pairs'])} held-out questions. The ratio of the "
+            "noise is that of the first update, against the embeddings of its own tokens; rms is a share of the whole table, "
+            f"whose root mean square is {start['embedding_rms']:.3f}. Measured on {any_record['device']}, "
+            f"commit {any_record['commit']}; "
             "[the records](../experiments/effect/results/effect.jsonl) contain each run, without the texts.",
         ]
     )
