@@ -137,11 +137,36 @@ NEFT_FUNCTION void store_columns(const Doubles (&sums)[2], char* out) {
   }
 }
 
+// Adds `kRows` rows to the sums, in their order. Several at once load and store each sum only once. `count` rows are left, and
+// one more may be read.
+template <class Element, int kRows>
+NEFT_FUNCTION void add_rows(const char* in, const int64_t* rows, int64_t count, int64_t vectors, int64_t rest_bytes,
+                            Doubles (*sums)[2]) {
+  constexpr int64_t kVectorBytes = kLanes * Element::kSize, kCacheLine = 64;
+  const char *row[kRows], *next[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    row[k] = in + rows[k];
+    next[k] = in + rows[kRows + k < count ? kRows + k : count];
+  }
+  for (int64_t v = 0; v < vectors; ++v)
+    NEFT_UNROLL
+    for (int k = 0; k < kRows; ++k) {
+      if (v * kVectorBytes % kCacheLine == 0) __builtin_prefetch(next[k] + v * kVectorBytes, 0, /*locality=*/2);  // L2
+      add_columns<Element>(row[k] + v * kVectorBytes, sums[v]);
+    }
+  for (int k = 0; rest_bytes != 0 && k < kRows; ++k) {
+    char buffer[kVectorBytes] = {};
+    std::memcpy(buffer, row[k] + vectors * kVectorBytes, rest_bytes);
+    add_columns<Element>(buffer, sums[vectors]);
+  }
+}
+
 template <class Element>
 void sum_rows(const void* data, const int64_t* rows, int64_t count, int64_t begin, int64_t end, int64_t divisor,
               void* out_row) {
   constexpr int64_t kVectors = 1024 / kLanes;  // summed at a time: 8 KB of doubles, which stay in the fastest cache
-  constexpr int64_t kVectorBytes = kLanes * Element::kSize, kCacheLine = 64;
+  constexpr int64_t kVectorBytes = kLanes * Element::kSize;
+  constexpr int kRowsAtOnce = 4;
   for (int64_t column = begin; column < end; column += kVectors * kLanes) {
     const int64_t columns = end - column < kVectors * kLanes ? end - column : kVectors * kLanes;
     const int64_t vectors = columns / kLanes, rest_bytes = columns % kLanes * Element::kSize;
@@ -149,18 +174,10 @@ void sum_rows(const void* data, const int64_t* rows, int64_t count, int64_t begi
     char* out = static_cast<char*>(out_row) + column * Element::kSize;
     Doubles sums[kVectors][2];
     for (int64_t v = 0; v < vectors + (rest_bytes != 0); ++v) sums[v][0] = sums[v][1] = Doubles{};
-    for (int64_t r = 0; r < count; ++r) {
-      const char *row = in + rows[r], *next = in + rows[r + 1];
-      for (int64_t v = 0; v < vectors; ++v) {
-        if (v * kVectorBytes % kCacheLine == 0) __builtin_prefetch(next + v * kVectorBytes, 0, /*locality=*/2);  // L2
-        add_columns<Element>(row + v * kVectorBytes, sums[v]);
-      }
-      if (rest_bytes != 0) {
-        char buffer[kVectorBytes] = {};
-        std::memcpy(buffer, row + vectors * kVectorBytes, rest_bytes);
-        add_columns<Element>(buffer, sums[vectors]);
-      }
-    }
+    int64_t r = 0;
+    for (; r + kRowsAtOnce <= count; r += kRowsAtOnce)
+      add_rows<Element, kRowsAtOnce>(in, rows + r, count - r, vectors, rest_bytes, sums);
+    for (; r < count; ++r) add_rows<Element, 1>(in, rows + r, count - r, vectors, rest_bytes, sums);
     for (int64_t v = 0; v < vectors + (rest_bytes != 0); ++v) {
       if (divisor != 1)
         for (int half = 0; half < 2; ++half) sums[v][half] /= static_cast<double>(divisor);
