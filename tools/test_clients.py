@@ -380,12 +380,86 @@ def judge(records: list[dict[str, Any]], under_no_grad: bool) -> tuple[dict[str,
 
 PAGE_TEXT = """# Frameworks
 
+One block to copy for each. Programs that run are in the [examples](../examples/README.md).
+
+## Trainer
+
+```python
+from transformers import Trainer
+from neft_kernels import NEFTuneCallback
+
+trainer = Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(alpha=5.0)])
+trainer.train()
+```
+
+## TRL
+
+```py
+# DPO, KTO, GRPO ... alike
+trainer = SFTTrainer(model, args=args, train_dataset=dataset, callbacks=[NEFTuneCallback(alpha=5.0)])
+```
+
+Or from the command line:
+
+```sh
+neft-kernels run trl sft --config config.yaml --neftune_noise_alpha 5
+```
+
+## axolotl
+
+```yaml
+plugins:
+  - neft_kernels.integrations.axolotl.NEFTunePlugin
+neftune_noise_alpha: 5
+neft_kernels:            # the options, if any
+  scale_by: batch
+```
+
+## LLaMA-Factory
+
+With `neftune_noise_alpha: 5` in its configuration:
+
+```sh
+neft-kernels run llamafactory-cli train config.yaml
+```
+
+## ms-swift
+
+The plugin is a file of the package:
+
+```bash
+NEFT=$(python -c "import neft_kernels; print(neft_kernels.__path__[0])")
+swift sft --external_plugins $NEFT/integrations/swift/neftune.py --neftune_noise_alpha 5 ...
+```
+
+## sentence-transformers
+
+```py
+callbacks = [NEFTuneCallback(alpha=5.0)]
+callbacks = [NEFTuneCallback(alpha=5.0, under_no_grad=True)]  # with a cached loss
+trainer = SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss, callbacks=callbacks)
+```
+
+## Your own loop
+
+```python
+from neft_kernels import replace_embeddings
+
+replace_embeddings(model, alpha=5.0)  # before or after accelerate's prepare(); then train
+```
+
+A model that is not of transformers: [without Hugging Face](other-frameworks.md).
+
+## The launcher
+
 Frameworks that train with the Trainer of transformers have its option `neftune_noise_alpha`. It runs on our kernels behind
 the launcher, which reaches every process that a command starts:
 
-    neft-kernels run axolotl train config.yaml
-    neft-kernels run --scale-by batch -- swift sft ...
-    python -m neft_kernels run llamafactory-cli train config.yaml
+```sh
+neft-kernels run axolotl train config.yaml
+neft-kernels run --scale-by batch -- swift sft ...
+python -m neft_kernels run llamafactory-cli train config.yaml
+```
 
 `neft-kernels run --help` lists the options, which are those of `replace_embeddings`. The exit code and signals are those of
 the command. A process is not reached if it
@@ -399,17 +473,7 @@ The launcher sets two variables. `PYTHONPATH` begins with a folder that has a `s
 `transformers.trainer`, patches it, and imports nothing else; it also runs the `sitecustomize.py` that it hides.
 `NEFT_KERNELS_RUN` has the options as JSON.
 
-axolotl and ms-swift have plugins, which do the same without the launcher. In axolotl's configuration:
-
-    plugins:
-      - neft_kernels.integrations.axolotl.NEFTunePlugin
-    neftune_noise_alpha: 5
-    neft_kernels:            # the options, if any
-      scale_by: batch
-
-For ms-swift the plugin is a file in the package, `neft_kernels/integrations/swift/neftune.py`:
-
-    swift sft --external_plugins .../neft_kernels/integrations/swift/neftune.py --neftune_noise_alpha 5 ...
+The plugins of axolotl and ms-swift do the same without the launcher.
 
 ## What was run
 

@@ -1,8 +1,7 @@
 // add_noise on the CPU: out[t] = embeds[t] + magnitude[t] * noise(seed, stream, first_token + t)
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.h"
 
 namespace neft {
@@ -23,7 +22,7 @@ Tensor add_noise(const Tensor& embeds, const Tensor& seed, const std::optional<T
   return out;
 }
 
+const Registration registration("add_noise.cpu", TORCH_BOX(&add_noise));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CPU, m) { m.impl("add_noise.cpu", TORCH_BOX(&neft::add_noise)); }

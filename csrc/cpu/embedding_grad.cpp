@@ -2,11 +2,10 @@
 //
 // Each sum is computed in fp64, in the order of the tokens, and rounded once. It therefore does not depend on the number of
 // threads, nor on how they share the work.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.h"
 
 namespace neft {
@@ -104,7 +103,7 @@ Tensor embedding_grad(const Tensor& grad_output, const Tensor& input_ids, int64_
   return out;
 }
 
+const Registration registration("embedding_grad.cpu", TORCH_BOX(&embedding_grad));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CPU, m) { m.impl("embedding_grad.cpu", TORCH_BOX(&neft::embedding_grad)); }

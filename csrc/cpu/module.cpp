@@ -1,7 +1,7 @@
-// The Python module of the CPU kernels. Loading it registers them. Its functions tell and limit the instruction set that
-// they use.
+// The Python module of the CPU kernels. Its functions register them, and tell and limit the instruction set that they use.
 #include <Python.h>
 
+#include "../registration.h"
 #include "rows.h"
 
 namespace {
@@ -18,7 +18,16 @@ PyObject* cap_instruction_set(PyObject*, PyObject* argument) {
   return nullptr;
 }
 
+PyObject* register_kernels(PyObject*, PyObject* argument) {
+  PyObject* bytes = PyUnicode_AsUTF8String(argument);
+  if (bytes == nullptr) return nullptr;
+  neft::Registration::register_all(PyBytes_AsString(bytes), "CPU");
+  Py_DECREF(bytes);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kMethods[] = {
+    {"register_kernels", register_kernels, METH_O, "Registers the kernels in the namespace of torch.ops that is named."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU kernels use."},
     {"cap_instruction_set", cap_instruction_set, METH_O, "Use no instruction set above the one named."},
     {nullptr, nullptr, 0, nullptr},

@@ -1,9 +1,8 @@
 // noisy_embedding on the CPU: out[t] = weight[input_ids[t]] + magnitude[t] * noise(seed, stream, first_token + t)
-#include <torch/csrc/stable/library.h>
-
 #include <sstream>
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.h"
 
 namespace neft {
@@ -55,7 +54,7 @@ Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tens
   }
 }
 
+const Registration registration("noisy_embedding.cpu", TORCH_BOX(&noisy_embedding));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CPU, m) { m.impl("noisy_embedding.cpu", TORCH_BOX(&neft::noisy_embedding)); }

@@ -1,6 +1,5 @@
 // alpha / sqrt(L * d) for every token, where L is the length of its own sequence. neft_kernels/ops/magnitude.py computes the
 // same in plain torch.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -9,6 +8,8 @@
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+#include "../registration.h"
 
 namespace neft {
 namespace {
@@ -104,7 +105,7 @@ Tensor token_magnitude(const std::optional<Tensor>& attention_mask, const std::o
   return out;
 }
 
+const Registration registration("token_magnitude.cpu", TORCH_BOX(&token_magnitude));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CPU, m) { m.impl("token_magnitude.cpu", TORCH_BOX(&neft::token_magnitude)); }

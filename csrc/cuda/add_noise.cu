@@ -1,8 +1,7 @@
 // add_noise on CUDA: out[t] = embeds[t] + magnitude[t] * noise(seed, stream, first_token + t)
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.cuh"
 
 namespace neft {
@@ -36,7 +35,7 @@ Tensor add_noise(const Tensor& embeds, const Tensor& seed, const std::optional<T
   return out;
 }
 
+const Registration registration("add_noise.cuda", TORCH_BOX(&add_noise));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CUDA, m) { m.impl("add_noise.cuda", TORCH_BOX(&neft::add_noise)); }

@@ -1,9 +1,8 @@
 // noisy_embedding on CUDA: out[t] = weight[input_ids[t]] + magnitude[t] * noise(seed, stream, first_token + t), and
 // NaN where the id is out of range.
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
+#include "../registration.h"
 #include "tensor_rows.cuh"
 
 namespace neft {
@@ -34,7 +33,7 @@ Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tens
   }
 }
 
+const Registration registration("noisy_embedding.cuda", TORCH_BOX(&noisy_embedding));
+
 }  // namespace
 }  // namespace neft
-
-STABLE_TORCH_LIBRARY_IMPL(neft_kernels, CUDA, m) { m.impl("noisy_embedding.cuda", TORCH_BOX(&neft::noisy_embedding)); }

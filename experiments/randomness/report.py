@@ -179,6 +179,28 @@ def about_control(record: Record, control: Record) -> str:
     )
 
 
+def about_kinds(records: dict[str, Record]) -> str:
+    plan, tests = records["kinds plan"], records["kinds"]
+    assert plan["plan"] == tests["plan"], "the newest tests are not those of the newest plan"
+    results = tests["results"]
+    rejected = [f"{r['type']} {r['test']} (p = {r['p']:.2g})" for r in results if r["rejected"]]
+    verdict = f"rejected are {'; '.join(rejected)}" if rejected else "none rejects"
+    smallest = min(results, key=lambda result: result["p"])
+    checks = {
+        name.removeprefix("kinds: "): record for name, record in records.items() if record["what"] == "kinds self-check"
+    }
+    caught = ", ".join(f"{name} {len(record['rejected'])}" for name, record in checks.items())
+    return (
+        "[Sign and gaussian noise](contract.md#kinds-of-noise) have [their own "
+        "plan](../experiments/randomness/kinds.py), "
+        f"{len(results)} tests, on {plan['sizes']['elements'] / 1e6:.0f} million elements of each kind in float32 and in "
+        f"bfloat16. At a family-wise level of 0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} "
+        f"({smallest['type']}, {smallest['test']}). Of noise that is broken on purpose, this many of them reject, on smaller "
+        f"samples: {caught}. How far gaussian noise is from the normal distribution is on the page of the contract, and was "
+        "computed over all values."
+    )
+
+
 def about_battery(record: Record, control: Record | None) -> str:
     verdicts = [test["verdict"] for test in record["tests"]]
     count = {verdict: verdicts.count(verdict) for verdict in ("PASSED", "WEAK", "FAILED")}
@@ -230,6 +252,7 @@ def main() -> None:
     tests = records["tests"]
     paragraphs = [
         about_tests(records),
+        *([about_kinds(records)] if "kinds" in records else []),
         *([about_battery(records["battery"], records.get("battery control"))] if "battery" in records else []),
         "![All p-values, the spectrum and the correlations](../experiments/randomness/results/randomness.png)",
         about_rounding(records["rounding"]),

@@ -94,19 +94,24 @@ def largest(tail: float, number: int) -> float:
     return two_sided(-math.expm1(number * math.log1p(-tail))) if tail < 1 else 0.0
 
 
-def moments(counts: np.ndarray, noise: np.ndarray | None = None) -> dict[str, dict[str, float]]:
+def moments(counts: np.ndarray) -> dict[str, dict[str, float]]:
+    """Those of the noise of the lattice, from the number of times that each level occurs; see ``moments_of``."""
+    u = values(counts.size.bit_length() - 1)
+    return moments_of([float((counts * u**power).sum()) for power in range(1, 5)], int(counts.sum()), u)
+
+
+def moments_of(sums: list[float], n: int, u: np.ndarray) -> dict[str, dict[str, float]]:
     """Mean, variance, skewness and kurtosis about the known mean and, the last two, by the known standard deviation.
 
-    `noise` is that of each level, default ``values``. Each with what is expected of the lattice, its standard error and its
-    p-value.
+    `sums` are those of the first four powers of `n` numbers, and `u` are all values, equally likely, that these can have. Each
+    with what is expected, its standard error and its p-value.
     """
-    u, n = values(counts.size.bit_length() - 1) if noise is None else noise, int(counts.sum())
     exact = {power: float((u**power).mean()) for power in range(1, 9)}
     deviation = math.sqrt(exact[2])
     found = {}
     for power, name in enumerate(("mean", "variance", "skewness", "kurtosis"), 1):
         unit = deviation**power if power > 2 else 1.0
-        value, expected = float((counts * u**power).sum() / n) / unit, exact[power] / unit
+        value, expected = sums[power - 1] / n / unit, exact[power] / unit
         error = math.sqrt((exact[2 * power] - exact[power] ** 2) / n) / unit
         p = normal((value - expected) / error)
         found[name] = {"value": value, "expected": expected, "standard_error": error, "p": p}

@@ -8,7 +8,7 @@ from torch import nn
 from neft_kernels.models.embedding import NEFTuneEmbedding, is_wrapper
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.replace import noisy_modules
-from neft_kernels.models.strength import described_ratio
+from neft_kernels.models.strength import BOUND, described_kind, described_ratio
 from neft_kernels.models.switch import state as state_of
 from neft_kernels.ops.backends import choose_backend
 
@@ -28,6 +28,7 @@ class EmbeddingReport:
     alpha: float
     scale_by: str
     noise_on: str
+    noise: str  # "uniform", "sign" or "gaussian"
     stream: int | None  # None: that of the process's replica
     backend: str
     state: str  # "on", or why there is no noise at this moment
@@ -39,16 +40,16 @@ class EmbeddingReport:
         if self.last_magnitude is None:
             last = "no noisy batch recorded yet (compiled models record none)"
         elif self.last_magnitude[0] == self.last_magnitude[1]:
-            last = f"last batch within +-{self.last_magnitude[1]:.3g}"
+            last = f"last batch {BOUND[self.noise]}{self.last_magnitude[1]:.3g}"
         else:
-            last = f"last batch within +-{self.last_magnitude[0]:.3g} to {self.last_magnitude[1]:.3g} by sequence"
+            last = f"last batch {BOUND[self.noise]}{self.last_magnitude[0]:.3g} to {self.last_magnitude[1]:.3g} by sequence"
         if self.ratio is not None:
             last += f", {described_ratio(self.ratio)}"
         tokens = "" if self.noise_on == "all" else f" on the {self.noise_on}"
         stream = "of this replica" if self.stream is None else self.stream
         return (
-            f"{self.name} ({self.module}): noise {self.state}; alpha={self.alpha:g} by {self.scale_by}{tokens}, "
-            f"{self.strategy} on backend {self.backend!r}, stream {stream}; {last}"
+            f"{self.name} ({self.module}): {described_kind(self.noise)} {self.state}; alpha={self.alpha:g} by "
+            f"{self.scale_by}{tokens}, {self.strategy} on backend {self.backend!r}, stream {stream}; {last}"
             + (f" [{self.note}]" if self.note else "")
         )
 
@@ -87,6 +88,7 @@ def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingRep
         alpha=shared.alpha.now(),
         scale_by=options.scale_by,
         noise_on=options.noise_on,
+        noise=options.noise,
         stream=options.stream,
         backend=choose_backend(noise.last_device or _device_type(module), options.backend),
         state="off: alpha is 0" if state == "on" and shared.alpha.now() == 0 else state,

@@ -18,7 +18,16 @@ from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
 from neft_kernels.models.state import ModelNoise
-from neft_kernels.models.strength import LookUp, described_ratio, measured_rms, rms_of_noise, root
+from neft_kernels.models.strength import (
+    BOUND,
+    RELATIVE_STRENGTH,
+    LookUp,
+    described_kind,
+    described_ratio,
+    measured_rms,
+    rms_of_noise,
+    root,
+)
 from neft_kernels.ops.backends import choose_backend, logger
 from neft_kernels.ops.magnitude import noise_magnitude
 
@@ -42,9 +51,10 @@ class EmbeddingNoise:
         self.last_device: str | None = None  # its device type, such as "cuda"
         #: The root mean square of the embeddings: for scale_by="rms", measured in the first pass with noise.
         self.rms: float | None = None
-        #: That of a recent batch, as :meth:`LookUp.squares` has it, and the number of batches so far.
+        #: That of a batch, as :meth:`LookUp.squares` has it, and whether the next batch is to be measured: the first one,
+        #: and those after :meth:`ratio` was asked for.
         self._squares: Tensor | None = None
-        self._batches = 0
+        self._measures_next = True
         #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
         self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
@@ -58,6 +68,7 @@ class EmbeddingNoise:
             "last_device": None,
             "was_fused": None,
             "_squares": None,
+            "_measures_next": True,
         }
 
     def warn(self, message: str) -> None:
@@ -75,7 +86,7 @@ class EmbeddingNoise:
         """The result of `op` with the noise of one batch. Call it only if :func:`~neft_kernels.models.switch.is_on`.
 
         Args:
-            op: is called with the keyword arguments ``magnitude``, ``seed``, ``stream`` and ``backend``.
+            op: is called with the keyword arguments ``magnitude``, ``noise``, ``seed``, ``stream`` and ``backend``.
             look_up: the embeddings that `op` adds the noise to. The values of its ids count only where a model rearranges
                 them.
             arguments: those of :func:`neft_kernels.noise_magnitude` about the sequences. Without any, those of the model's
@@ -101,7 +112,7 @@ class EmbeddingNoise:
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
         seed = seed if first is None else first[1]
         # 3. The look-up and the noise.
-        out = op(magnitude=magnitude, seed=seed, stream=stream, backend=options.backend)
+        out = op(magnitude=magnitude, noise=options.noise, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
             self._record(look_up, magnitude, note)
@@ -132,7 +143,7 @@ class EmbeddingNoise:
                 embedding_dim=look_up.embedding_dim,
                 alpha=alpha,
                 scale_by=options.scale_by,
-                rms=rms,
+                rms=None if rms is None else rms / RELATIVE_STRENGTH[options.noise],
                 noise_on=options.noise_on,
                 backend=options.backend,
             )
@@ -152,22 +163,23 @@ class EmbeddingNoise:
 
     def _record(self, look_up: LookUp, magnitude: float | Tensor, note: str) -> None:
         """Keeps what ``describe`` reports. Logs the first batch."""
-        ids, is_first = look_up.ids, self.last_magnitude is None
+        ids, is_first, options = look_up.ids, self.last_magnitude is None, self.shared.options
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
-        self._batches += 1
         if _is_capturing(ids):
             return
-        if self._batches.bit_count() == 1 and _is_real(ids):  # now and then: after 1, 2, 4, 8 ... batches
-            self._squares = look_up.squares(magnitude)
+        if self._measures_next and _is_real(ids) and (isinstance(magnitude, Tensor) or magnitude > 0):
+            self._squares, self._measures_next = look_up.squares(magnitude), False
         if is_first and logger.isEnabledFor(logging.INFO):
             low, high = self.bounds() or (0.0, 0.0)
             ratio = self.ratio()
             logger.info(
-                "%s: noise is on, alpha=%g scaled by %s, backend %s, first batch within +-%.3g to %.3g%s%s",
+                "%s: %s is on, alpha=%g scaled by %s, backend %s, first batch %s%.3g to %.3g%s%s",
                 self.name,
+                described_kind(options.noise),
                 self.shared.alpha.now(),
-                self.shared.options.scale_by,
-                choose_backend(ids.device.type, self.shared.options.backend),
+                options.scale_by,
+                choose_backend(ids.device.type, options.backend),
+                BOUND[options.noise],
                 low,
                 high,
                 "" if ratio is None else f", {described_ratio(ratio)}",
@@ -184,9 +196,10 @@ class EmbeddingNoise:
 
     def ratio(self) -> float | None:
         """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
+        self._measures_next = True
         if self.last_magnitude is None or self._squares is None:
             return None
-        of_noise, of_embeddings = rms_of_noise(self.last_magnitude), root(self._squares)
+        of_noise, of_embeddings = rms_of_noise(self.last_magnitude, self.shared.options.noise), root(self._squares)
         if not of_noise:
             return 0.0
         return of_noise / of_embeddings if of_embeddings else None

@@ -11,6 +11,7 @@ from neft_kernels.models.sharding import SEQUENCE_LAYOUTS, check_group
 from neft_kernels.ops.backends import BACKENDS
 from neft_kernels.ops.checks import check_alpha, check_choice
 from neft_kernels.ops.magnitude import NOISE_ON, SCALES
+from neft_kernels.ops.reference import NOISES
 
 if TYPE_CHECKING:
     from neft_kernels.models.sharding import Group
@@ -37,10 +38,12 @@ class NoiseOptions:
     sequence_layout: str = "contiguous"
     under_no_grad: bool = False
     argument_names: Mapping[str, str] | None = None
+    noise: str = "uniform"
 
     def __post_init__(self) -> None:
         check_choice("scale_by", self.scale_by, SCALES)
         check_choice("noise_on", self.noise_on, NOISE_ON)
+        check_choice("noise", self.noise, NOISES)
         if self.stream is not None and (isinstance(self.stream, bool) or not isinstance(self.stream, int)):
             raise TypeError(f"stream must be an int or None, not {type(self.stream).__name__}")
         if self.stream is not None and not 0 <= self.stream < 1 << 32:

@@ -42,6 +42,7 @@ def replace_embeddings(
     sequence_layout: str = "contiguous",
     under_no_grad: bool = False,
     argument_names: Mapping[str, str] | None = None,
+    noise: str = "uniform",
 ) -> Model:
     """Makes the token embeddings of `model` noisy while it trains (NEFTune, arXiv 2310.05914), in place.
 
@@ -74,6 +75,8 @@ def replace_embeddings(
             noise. The default leaves the reference and rollout passes of DPO, KTO and GRPO without noise.
         argument_names: for a model whose forward has its own names for ``input_ids``, ``attention_mask``, ``position_ids``,
             ``cu_seq_lens`` or ``labels``: its name of each, as ``{"attention_mask": "mask", "position_ids": "input_pos"}``.
+        noise: "uniform", "sign" or "gaussian", as in :func:`neft_kernels.noisy_embedding`. Sign noise is that of SymNoise,
+            and sqrt(3) times as strong as the others at the same alpha.
 
     Returns:
         `model` itself.
@@ -84,9 +87,9 @@ def replace_embeddings(
         RuntimeError: the backend asked for cannot run here.
     """
     options = NoiseOptions(
-        scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad, argument_names
+        scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad, argument_names, noise
     )
-    noise = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
+    shared = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
     embeddings, note = token_embeddings(model)
     if noise_on != "all" and is_encoder_decoder(model):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
@@ -99,16 +102,16 @@ def replace_embeddings(
     before = _noise_of(model)
     check_unshared(model)
     contexts = (count for paused, count in _paused.items() if paused in names or model in paused.modules())
-    noise.pause(max([sum(contexts), *(each.paused for each in before)]))
+    shared.pause(max([sum(contexts), *(each.paused for each in before)]))
 
     restore_embeddings(model)
     for module in embeddings:
-        _put_in(module, EmbeddingNoise(noise, names[module], note))
+        _put_in(module, EmbeddingNoise(shared, names[module], note))
     logger.info("%s: noise goes into %s", type(model).__name__, ", ".join(names[module] for module in embeddings))
     if note:
         logger.warning("%s: %s", type(model).__name__, note)
     for module in around:
-        BatchHook(noise, module).attach(module)
+        BatchHook(shared, module).attach(module)
     return model
 
 

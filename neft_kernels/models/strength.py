@@ -15,7 +15,22 @@ from neft_kernels.ops.magnitude import wide_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LookUp", "described_ratio", "measured_rms", "readable_table", "rms_of_noise", "root"]
+__all__ = [
+    "BOUND",
+    "RELATIVE_STRENGTH",
+    "LookUp",
+    "described_kind",
+    "described_ratio",
+    "measured_rms",
+    "readable_table",
+    "rms_of_noise",
+    "root",
+]
+
+#: What the magnitude of a token is to its noise, for people.
+BOUND = {"uniform": "within +-", "sign": "+-", "gaussian": "of magnitude "}
+#: The root mean square of noise of each kind, over that of uniform noise of the same magnitude.
+RELATIVE_STRENGTH = {"uniform": 1.0, "sign": math.sqrt(3), "gaussian": 1.0}
 
 #: Outside of these the noise is stronger or weaker against the embeddings than people have found useful.
 WEAK, STRONG = 0.01, 0.5
@@ -108,6 +123,11 @@ def readable_table(module: nn.Module, ids: Tensor, output: Tensor) -> Tensor | N
     return weight if is_table and are_its_ids else None
 
 
+def described_kind(noise: str) -> str:
+    """The kind of noise, for people, who expect uniform noise."""
+    return "noise" if noise == "uniform" else f"{noise} noise"
+
+
 def described_ratio(ratio: float) -> str:
     """`ratio` of the noise to the embeddings, for people, with a hint if it is unusual."""
     hint = ""
@@ -118,12 +138,12 @@ def described_ratio(ratio: float) -> str:
     return f"{ratio:.3g} of the embeddings{hint}"
 
 
-def rms_of_noise(magnitude: float | Tensor) -> float:
+def rms_of_noise(magnitude: float | Tensor, noise: str) -> float:
     """Over the tokens that have noise. That of numbers which are uniform in (-m, m) is m / sqrt(3). Waits for the device."""
     if not isinstance(magnitude, Tensor):
-        return magnitude / math.sqrt(3)
+        return RELATIVE_STRENGTH[noise] * magnitude / math.sqrt(3)
     noisy = magnitude[magnitude > 0].to(wide_dtype(magnitude.device))
-    return math.sqrt(noisy.square().mean().item() / 3) if noisy.numel() else 0.0
+    return RELATIVE_STRENGTH[noise] * math.sqrt(noisy.square().mean().item() / 3) if noisy.numel() else 0.0
 
 
 def _rms_of_table(table: Tensor) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import reference
 from .backends import BACKENDS, switches
 from .checks import check_id_values, check_magnitude_values
+from .native import NAMESPACE
 
 __all__ = ["OVERLOADS"]
 
@@ -67,7 +68,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# --- implementations in Python; those in C++ register themselves when the extension is loaded ------------------------
+# --- implementations in Python; native.py registers those in C++ --------------------------------------------
 
 
 def implementation(op: str, backend: str) -> Callable[..., Tensor]:
@@ -117,17 +118,17 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
     return checked.get(op, compute)
 
 
-library = torch.library.Library("neft_kernels", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
 for _op, _schema in _SCHEMAS.items():
     for _backend in _BACKENDS_OF[_op]:
         library.define(f"{_op}.{_backend}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"neft_kernels::{_op}.{_backend}", _FAKES[_op], lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{_op}.{_backend}", _FAKES[_op], lib=library)
         if _backend in ("reference", "triton"):
             _compute = with_checks(_op, implementation(_op, _backend))
             library.impl(f"{_op}.{_backend}", _compute, "CompositeExplicitAutograd")
 
 #: The overloads by name of op and backend.
 OVERLOADS: dict[str, dict[str, Any]] = {
-    op: {backend: getattr(getattr(torch.ops.neft_kernels, op), backend) for backend in backends}
+    op: {backend: getattr(getattr(getattr(torch.ops, NAMESPACE), op), backend) for backend in backends}
     for op, backends in _BACKENDS_OF.items()
 }
