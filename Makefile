@@ -163,6 +163,7 @@ plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/,
 	$(BIN)/python -m benchmarks.report_gpu
 	$(BIN)/python -m experiments.randomness.report
 	$(BIN)/python -m experiments.effect.report
+	$(BIN)/python -m experiments.effect.report_pretrained
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -182,7 +183,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
 		"   A build for CPUs takes 0.2 GB, and 0.9 GB on disk. To have that, stop here (Ctrl-C), install it with $(BIN)/pip" \
 		"   as https://pytorch.org/get-started/locally/ says for CPU, and run make again."
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
-	@echo "neft_kernels: downloads what the tests and the demo need: 0.25 GB, and 0.2 GB more where torch brought no Triton;"
+	@echo "neft_kernels: downloads what the tests and the demo need: 0.28 GB, and 0.2 GB more where torch brought no Triton;"
 	@echo "   then compiles (NEFT_KERNELS_BUILD=$(BUILD)) without a word, about a minute; with CUDA, several"
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install "$(TRITON)"
 	NEFT_KERNELS_BUILD=$(BUILD) $(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \

@@ -23,7 +23,7 @@ from benchmarks.gpu import batches
 from benchmarks.gpu_timing import Timer, copy_bandwidth, interleaved
 from benchmarks.variants import PASSES, Shape
 from neft_kernels import noisy_embedding
-from neft_kernels.ops import triton_noise
+from neft_kernels.ops import triton_launch, triton_noise
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = (
@@ -45,17 +45,17 @@ Tile = tuple[int, int, int | None, bool]  # vectors, warps, registers, whether n
 @contextlib.contextmanager
 def launched_as(tile: Tile) -> Iterator[None]:
     """Within this context the kernel is compiled and launched for `tile`."""
-    before, kept = [getattr(triton_noise, name) for name in _CONSTANTS], triton_noise._compiled
+    before, kept = [getattr(triton_noise, name) for name in _CONSTANTS], triton_launch._compiled
     for name, value in zip(_CONSTANTS, tile, strict=True):
         setattr(triton_noise, name, value)
-    triton_noise._compiled = _compiled_for.setdefault(tile, {})
+    triton_launch._compiled = _compiled_for.setdefault(tile, {})
     triton_noise._tile.cache_clear()
     try:
         yield
     finally:
         for name, value in zip(_CONSTANTS, before, strict=True):
             setattr(triton_noise, name, value)
-        triton_noise._compiled = kept
+        triton_launch._compiled = kept
         triton_noise._tile.cache_clear()
 
 

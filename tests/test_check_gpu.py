@@ -181,10 +181,10 @@ def test_tiles_of_the_triton_kernel(embedding_dim, element_size, expected):
 @pytest.mark.parametrize("num_tokens", [1, 65535, 65536, 70001, 2**31 + 5])
 def test_grids_of_the_triton_kernel(num_tokens):
     """They keep to the limits, and less than one program in a thousand has nothing to do."""
-    from neft_kernels.ops import triton_noise
+    from neft_kernels.ops import triton_launch
 
     for rows_of_tile in (1, 16):
-        columns, y, z = triton_noise._grid(num_tokens, rows_of_tile, 3)
+        columns, y, z = triton_launch.tile_grid(num_tokens, rows_of_tile, 3)
         assert columns == 3
         assert max(y, z) <= 65535
         tiles = -(-num_tokens // rows_of_tile)

@@ -310,8 +310,14 @@ def test_a_recomputed_pass_in_evaluation_mode_has_no_noise():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_nothing_is_kept_of_ids_that_are_gone_but_of_the_last():
+def test_nothing_is_kept_where_nothing_is_recomputed():
     model = replace_embeddings(Model(None, Region)).train()
+    model(IDS).sum().backward()
+    assert not model.region.embedding.noise.first_passes._by_storage
+
+
+def test_nothing_is_kept_of_ids_that_are_gone_but_of_the_last():
+    model = replace_embeddings(Model("non-reentrant", Region)).train()
     kept = model.region.embedding.noise.first_passes
     for _ in range(3 * kept.MOST_RECENT):
         model(IDS.clone()).sum().backward()

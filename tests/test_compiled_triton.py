@@ -21,7 +21,7 @@ from helpers import independent
 from helpers.bits import equal_bits
 from helpers.devices import DTYPES, gpu
 from neft_kernels import add_noise, noise_magnitude
-from neft_kernels.ops import reference, triton_magnitude, triton_noise
+from neft_kernels.ops import reference, triton_launch, triton_magnitude, triton_noise
 
 SEED = torch.tensor([2**40 + 7])
 
@@ -55,7 +55,7 @@ def test_no_byte_is_moved_in_vain(dtype, width):
 def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
     """Runs `blocks` of a launch on `num_rows` rows, of which memory has those from element `first` on."""
     rows_of_tile, vectors, num_warps, column_tiles = triton_noise._tile(width, 2)
-    launch_grid = triton_noise._grid(num_rows, rows_of_tile, column_tiles)
+    launch_grid = triton_launch.tile_grid(num_rows, rows_of_tile, column_tiles)
     gpu.blocks = blocks(launch_grid)
     try:
         triton_noise.noisy_rows_kernel[launch_grid](
@@ -178,7 +178,7 @@ def test_magnitudes_take_one_launch_that_waits_for_no_other_program():
 
 def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
     """Bits and alignment are right whatever was launched before, and Triton is asked once for each kind of launch."""
-    monkeypatch.setattr(triton_noise, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_compiled", {})
     aligned = table(20, 64, torch.float32)
     shifted = torch.cat([torch.zeros(1), aligned.flatten()])[1:].view(20, 64)
     narrow, wide_apart = aligned[:, :60], aligned[:, :63]
@@ -201,16 +201,16 @@ def test_a_compiled_kernel_is_kept_for_launches_like_its_own(monkeypatch):
         for these_ids, rows, per_token, stream in launches:
             out = triton_noise.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0)
             assert equal_bits(out, reference.noisy_embedding(these_ids, rows, SEED, per_token, 0.1, stream, 0))
-    assert len(triton_noise._compiled) == len(asked) == len(launches) - 1
+    assert len(triton_launch._compiled) == len(asked) == len(launches) - 1
 
 
 def test_a_seed_by_value_needs_no_other_kernel(monkeypatch, stand_in):
     """The first launch in a captured graph has its seed on the device. Then nothing may be compiled."""
-    monkeypatch.setattr(triton_noise, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_compiled", {})
     rows = table(4, 64, torch.bfloat16).cuda()
     for seed in (5, -1, 2**40, SEED, SEED.cuda()):
         add_noise(rows, 0.1, seed=seed, backend="triton")
-    assert len(triton_noise._compiled) == 1
+    assert len(triton_launch._compiled) == 1
 
 
 class StubDriver:
@@ -236,7 +236,7 @@ class StubKernel:
 )
 def test_a_kernel_is_not_kept_for_tensors_that_triton_tells_apart(monkeypatch, target, kernels):
     """On AMD, those of less than 2 GiB, which 32 bits address, from larger ones."""
-    monkeypatch.setattr(triton_noise, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_compiled", {})
     asked = []
     kernel = triton_noise.noisy_rows_kernel
     monkeypatch.setattr(kernel, "run", lambda *a, **k: asked.append(0) or StubKernel())
@@ -249,12 +249,12 @@ def test_a_kernel_is_not_kept_for_tensors_that_triton_tells_apart(monkeypatch, t
             triton_noise.add_noise(rows, SEED, None, 0.1, 0, 0)
     finally:
         driver.set_active(before)
-    assert len(asked) == len(triton_noise._compiled) == kernels
+    assert len(asked) == len(triton_launch._compiled) == kernels
 
 
 def test_asynchronous_compilation(monkeypatch):
     """The first launch then gives a promise of the kernel, which later ones cannot be made of."""
-    monkeypatch.setattr(triton_noise, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_compiled", {})
     rows = table(4, 72, torch.float16)  # of which no other test has a kernel
     expected = reference.add_noise(rows, SEED, None, 0.1, 0, 0)
     triton_noise.noisy_rows_kernel.device_caches.clear()

@@ -15,10 +15,16 @@ from transformers import LlamaForCausalLM
 
 from experiments.effect import run as effect
 from experiments.effect import training as effect_training
-from experiments.effect.data import library_sources, without_docstrings
+from experiments.effect.data import (
+    InputError,
+    QuestionAnswer,
+    instruction_pairs,
+    library_sources,
+    without_docstrings,
+)
 from experiments.effect.intervals import holm, paired_interval, t_quantile, t_two_sided
 from experiments.effect.measures import ngrams, repeated_share, rouge_l, seen_share
-from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
+from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, RMS, Pretrained, Run, runs
 from experiments.effect.prepare import prepare
 from experiments.effect.training import document_lengths, fine_tune
 
@@ -213,6 +219,57 @@ def test_noise_has_the_size_it_should_have(tuned):
             assert wanted in result["describe"]
             assert result["describe"].endswith("by sequence") == (run.alpha > 0)
         assert first["noise_rms"] == pytest.approx(right, rel=tolerance)
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    """A file in Alpaca's columns: 40 questions, one of them twice, and one pair without an answer."""
+    rows = [
+        {"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n)))} for n in range(1, 40)
+    ]
+    rows += [rows[0], {"instruction": "Repeat:", "input": "a b", "output": "a b"}]
+    rows += [{"instruction": "Say nothing.", "input": "", "output": ""}]
+    path = tmp_path_factory.mktemp("data") / "instructions.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_instructions(instructions, tmp_path):
+    """Instruction and input make the question; what is there twice is taken once, and what has no answer is left out."""
+    pairs = instruction_pairs(str(instructions))
+    assert len(pairs) == 40
+    assert pairs[2] == QuestionAnswer("Count to 3.", "Count to 3.", "0 1 2")
+    assert pairs[-1].question == "Repeat:\n\na b"
+    other = tmp_path / "other.csv"
+    other.write_text("question,answer\n1,2\n")
+    with pytest.raises(InputError, match="expected the columns instruction, input and output, got question, answer"):
+        instruction_pairs(str(other))
+
+
+def test_a_pretrained_model(prepared, instructions, tmp_path):
+    """It is tuned in its own format; its record has outcomes before and after, and no texts. Noise by rms is a share of the
+    table, within 5 standard errors of the mean square of n uniform variables, 5 sqrt(4/5 / n); n is above 500 x 32.
+    """
+    start = Pretrained(str(prepared.folder), None, pair_tokens=256, held_out_fraction=0.3, bf16=False)
+    preset = replace(TINY, name="pretrained", start=start)
+    with pytest.raises(InputError, match="--data: preset 'pretrained' needs a file"):
+        prepare(preset, tmp_path)
+    made = prepare(preset, tmp_path, data=str(instructions))
+    assert made.record["stage"] == "untouched"
+    assert made.record["held_out_pairs"] + made.record["training_pairs_to_draw_from"] == 40
+    assert str(instructions) not in json.dumps(made.record)
+
+    run = Run(PACKED, RMS, 0.1, 0)
+    result = fine_tune(preset, run, made, tmp_path)
+    assert "answers" not in result
+    assert result["outcomes"].keys() == made.record["outcomes"].keys()
+    assert result["outcomes"]["held_out_loss"] != made.record["outcomes"]["held_out_loss"]
+    first = result["first_update"]
+    ratio = first["noise_rms"] / made.record["embedding_rms"]
+    assert ratio == pytest.approx(0.1, rel=5 * math.sqrt(0.8 / 500 / 32) / 2)
+
+    with pytest.raises(InputError, match=r"pairs to train on and \d+ to hold out have at most 256 tokens"):
+        prepare(replace(preset, tuning=replace(preset.tuning, training_pairs=41)), tmp_path, data=str(instructions))
 
 
 @pytest.mark.usefixtures("prepared")  # so that `cache` has the pretrained model

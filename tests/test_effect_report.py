@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks import records
 from experiments.effect import report as effect_report
+from experiments.effect import report_pretrained
 from experiments.effect import run as effect
-from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
+from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, RMS, Run, runs
 from experiments.effect.report import MINUS
 
 SMALL = PRESETS["small"]
@@ -21,6 +22,7 @@ DIFFERENCES = {
     (PADDED, OURS): {5: -0.5, 10: -0.5, 15: 0.5},
     (PACKED, OURS): {5: 0.0, 10: 0.0, 15: 0.0},
     (PACKED, HOOK): {5: 1.0, 10: 0.0, 15: -1.0},
+    (PACKED, RMS): {0.1: 0.0},
 }
 START = "0123456789ab"
 
@@ -175,3 +177,69 @@ def test_a_run_is_known_by_its_settings():
         for key, value in asdict(getattr(SMALL, part)).items():
             changed = replace(getattr(SMALL, part), **{key: not value if isinstance(value, bool) else value + 1})
             assert effect.settings(replace(SMALL, **{part: changed}), run, START) != effect.settings(SMALL, run, START)
+
+
+SMOLLM2 = PRESETS["smollm2"]
+#: The true differences to alpha 0 of the held-out loss.
+OF_NOISES = {(OURS, 5): -0.5, (OURS, 15): 0.5, (RMS, 0.1): 0.0}
+
+
+@pytest.fixture
+def pretrained(written):
+    """Adds the records of the experiment on a pretrained model, and a page for it."""
+    outcomes = {
+        "held_out_loss": 5.0,
+        "train_loss": 4.0,
+        "answer_tokens": 20.0,
+        "repeated_4grams": 0.5,
+        "rouge_l": 0.125,
+    }
+    record = {
+        "preset": "smollm2",
+        "stage": "untouched",
+        "start": START,
+        "parameters": 135_000_000,
+        "embedding_rms": 0.125,
+    }
+    of_data = {"held_out_pairs": 94, "training_pairs_to_draw_from": 398, "references": {"answer_tokens": 36.0}}
+    records.append("effect", {**record, **of_data, "outcomes": {**outcomes, "leaked_8grams": 0.0}}, written)
+    for run in runs(SMOLLM2):
+        loss = 4 + OF_SEED[run.seed] + OF_NOISES.get((run.noise_by, run.alpha), 0.0)
+        loss += 0.1 * (1, -1, 0)[run.seed] if run.alpha else 0.0
+        record = record_of(run)
+        record |= {"preset": "smollm2", "settings": effect.settings(SMOLLM2, run, START)}
+        record["outcomes"] |= {"held_out_loss": loss, "train_loss": 3 + run.alpha}
+        record["first_update"] = {"noise_rms": 0.1 * run.alpha, "embedding_rms": 0.5}
+        records.append("effect", record, written)
+    (written / "effect.md").write_text("<!-- effect-pretrained:begin -->\n<!-- effect-pretrained:end -->\n")
+    return written
+
+
+def test_the_pretrained_model(pretrained):
+    """Differences to no noise, paired by seed: their interval is 4.303 x 0.1 / sqrt(3) = 0.248 wide to each side."""
+    report_pretrained.main("smollm2", pretrained / "effect.md")
+    text = (pretrained / "effect.md").read_text()
+    assert "SmolLM2-135M-Instruct, 135 million parameters" in text
+    assert "with 3 seeds for each condition: no noise, alpha 5, alpha 15, rms 0.1" in text
+    assert (
+        "**held-out loss** (in the paper it falls): falls at alpha 5; rises at alpha 15; no effect shown at rms 0.1."
+        in text
+    )
+    assert "**train loss** (in the paper it rises): rises at alpha 5, alpha 15, rms 0.1." in text
+    assert "| reference answers |  |  |  | 36.0 |  |  |  |" in text
+    assert "| untouched model |  | 5.000 | 4.000 | 20.0 | 50.0 % | 12.50 | 0.0 % |" in text
+    assert "| tuned without noise | 0 | 3.000 | 3.000 | 40.0 | 25.0 % | 25.00 | 12.5 % |" in text
+    assert f"| alpha 5 | 1.000 | **{MINUS}0.500 ± 0.248** |" in text
+    assert "| rms 0.1 | 0.020 | +0.000 ± 0.248 |" in text
+
+
+def test_an_unfinished_experiment_says_how_far_it_is(pretrained):
+    """Seeds that lack a condition are left out; with fewer than two whole seeds there is no interval, and none is shown."""
+    path = pretrained / "effect.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n")
+    report_pretrained.main("smollm2", pretrained / "effect.md")
+    assert "2 of the 3 planned seeds" in (pretrained / "effect.md").read_text()
+    path.write_text("\n".join(lines[:-5]) + "\n")
+    report_pretrained.main("smollm2", pretrained / "effect.md")
+    assert "7 of 12 runs are recorded." in (pretrained / "effect.md").read_text()

@@ -21,10 +21,10 @@ CHOSEN += ["--under-no-grad"]
 OPTIONS = {
     "scale_by": "batch",
     "noise_on": "prompt",
+    "noise": "sign",
     "stream": 3,
     "backend": "reference",
     "under_no_grad": True,
-    "noise": "sign",
 }
 
 #: Prints the options of the noise that the Trainer's own option puts into a model.

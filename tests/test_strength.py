@@ -37,6 +37,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.table = {"scaled": Scaled, "wrapped": lambda *_: Wrapped()}.get(table, nn.Embedding)(VOCABULARY, WIDTH)
         if table == "quantized":
+            pytest.importorskip("torchao")
             from torchao.quantization import IntxWeightOnlyConfig, quantize_
             from torchao.quantization.granularity import PerAxis
 

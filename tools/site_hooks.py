@@ -58,7 +58,9 @@ def with_links_of_site(text: str, path: str) -> str:
 
     parts = re.split(f"({FENCE.pattern})", text, flags=FENCE.flags)
     text = "".join(part if part.startswith("```") else LINK.sub(moved, part) for part in parts)
-    return text.replace("<details>", '<details markdown="1">')  # whose contents are Markdown on GitHub without being told
+    return text.replace(
+        "<details>", '<details markdown="1">'
+    )  # whose contents are Markdown on GitHub without being told
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -9,6 +9,9 @@ PADDED, PACKED = "padded", "packed"
 #: transformers, which scales by the length of the row.
 OURS, RMS, HOOK = "neft_kernels", "neft_kernels, scale_by=rms", "transformers hook"
 
+#: The stages of records about what the runs start from: a Llama that was pretrained here, a model as it comes.
+STARTS = ("pretraining", "untouched")
+
 
 @dataclass(frozen=True)
 class FromScratch:

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from benchmarks import records
 from benchmarks.sections import DOCS, write_section
 from experiments.effect.intervals import Interval, holm, paired_interval
-from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, Run, runs
+from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, STARTS, Run, runs
 
 NAME = "effect"
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +64,7 @@ ARMS = (
     Arm("packed", PACKED, OURS, "#2a9d8f"),
     Arm("packed with the hook", PACKED, HOOK, "#d1495b"),
 )
+Treatment = tuple[Arm, float]  # and its alpha
 LARGE_WIDTH, LARGE_TOKENS = 4096, 512  # such as a model has that the paper is about
 RIGHT_LENGTH, WRONG_LENGTH = ARMS[1:]
 
@@ -76,6 +77,10 @@ class Effect:
     is_shown: bool
 
 
+class TooFewRuns(SystemExit):
+    """The records do not allow a report yet; the message says why."""
+
+
 class Results:
     """The newest experiment of a preset: all its runs have the settings and the pretrained weights of its last one."""
 
@@ -84,27 +89,27 @@ class Results:
         tuned = [record for record in found if record["stage"] == "fine-tuning"]
         newest = [record for record in tuned if record["preset"] == preset]
         if not newest:
-            raise SystemExit(f"no run of preset {preset!r} in the records yet: make effect")
+            raise TooFewRuns(f"no run of preset {preset!r} in the records yet: make effect")
         self.settings = _shared(newest[-1])
         # Presets that differ in their alphas alone share their runs.
         wanted = set(runs(PRESETS[preset]))
         self.runs = {
-            _run(record): record for record in tuned if _shared(record) == self.settings and _run(record) in wanted
+            run_of(record): record for record in tuned if _shared(record) == self.settings and run_of(record) in wanted
         }
         self.pretraining = next(
             record
             for record in reversed(found)
-            if record["stage"] == "pretraining" and record["start"] == self.settings["start"]
+            if record["stage"] in STARTS and record["start"] == self.settings["start"]
         )
-        self.alphas = sorted({run.alpha for run in self.runs} - {0})
+        self.alphas = sorted({run.alpha for run in wanted} - {0})
         # Only seeds of which every condition is there count, so that all differences are over the same ones.
-        conditions = {(run.layout, run.noise_by, run.alpha) for run in self.runs}
+        conditions = {(run.layout, run.noise_by, run.alpha) for run in wanted}
         seeds = {run.seed for run in self.runs}
         self.seeds = sorted(
             seed for seed in seeds if all(Run(*condition, seed) in self.runs for condition in conditions)
         )
         if len(self.seeds) < 2:
-            raise SystemExit(f"preset {preset!r}: intervals need two seeds with all conditions, there are {self.seeds}")
+            raise TooFewRuns(f"preset {preset!r}: intervals need two seeds with all conditions, there are {self.seeds}")
 
     def values(self, arm: Arm, alpha: float, outcome: Outcome) -> list[float]:
         """By seed; the hook's alpha 0 is that of its layout."""
@@ -114,18 +119,22 @@ class Results:
 
     def effects(self, arm: Arm, outcome: Outcome, control: Arm | None = None) -> dict[float, Effect]:
         """By alpha: against alpha 0 of the same arm, or against `control` at the same alpha."""
+        effects = self.differences(
+            [((arm, alpha), (control or arm, alpha if control else 0)) for alpha in self.alphas], outcome
+        )
+        return dict(zip(self.alphas, effects, strict=True))
+
+    def differences(self, compared: list[tuple[Treatment, Treatment]], outcome: Outcome) -> list[Effect]:
+        """Of each pair, the first minus the second; Holm's correction is over all of them."""
         intervals = [
-            paired_interval(
-                self.values(arm, alpha, outcome),
-                self.values(control or arm, alpha if control else 0, outcome),
-            )
-            for alpha in self.alphas
+            paired_interval(self.values(*treated, outcome), self.values(*control, outcome))
+            for treated, control in compared
         ]
         if outcome is PRIMARY:
             shown = [p < SIGNIFICANT for p in holm([interval.p for interval in intervals])]
         else:
             shown = [not interval.contains_zero for interval in intervals]
-        return dict(zip(self.alphas, map(Effect, intervals, shown), strict=True))
+        return [Effect(*each) for each in zip(intervals, shown, strict=True)]
 
     def noise_ratio(self, arm: Arm, alpha: float) -> float:
         """Root mean square of the noise over that of the embeddings, in the first update; mean over the seeds."""
@@ -133,7 +142,7 @@ class Results:
         return statistics.fmean(first["noise_rms"] / first["embedding_rms"] for first in firsts)
 
 
-def _run(record: dict[str, Any]) -> Run:
+def run_of(record: dict[str, Any]) -> Run:
     return Run(**{field.name: record["settings"][field.name] for field in fields(Run)})
 
 
@@ -339,5 +348,5 @@ def main(preset: str = "small", page: Path = DOCS / "effect.md") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="default: %(default)s")
+    parser.add_argument("--preset", choices=("small", "gpu"), default="small", help="default: %(default)s")
     main(parser.parse_args().preset)

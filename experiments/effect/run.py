@@ -102,12 +102,11 @@ from tqdm import tqdm
 
 from benchmarks import records
 from experiments.effect.data import CACHE, InputError, Prepared
-from experiments.effect.plan import PRESETS, FromScratch, Preset, Run, runs
+from experiments.effect.plan import PRESETS, STARTS, FromScratch, Preset, Run, runs
 from experiments.effect.prepare import prepare
 from experiments.effect.training import fine_tune
 
 NAME = "effect"
-STARTS = ("pretraining", "untouched")  # the stages of records about what the runs start from
 RESULTS = Path(__file__).parent / "results"
 
 

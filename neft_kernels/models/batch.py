@@ -77,6 +77,8 @@ class Batch:
             The ids that the model was given before it rearranged them, or `ids` themselves; the arguments of
             :func:`neft_kernels.noise_magnitude` for these; and a note if an argument could not be used.
         """
+        if self is EMPTY_BATCH:
+            return ids, {}, _note_without_lengths(ids, options)
         tokens = ids
         if row_length is None and self.input_ids is not None and is_rearranged(self.input_ids, ids):
             tokens = self.input_ids
@@ -101,11 +103,8 @@ class Batch:
                  for name, value in unusable]  # fmt: skip
         if tokens.shape != ids.shape:
             notes.append(f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}")
-        has_lengths = notes or told.keys() - {"labels"} or options.scale_by == "batch"
-        if not has_lengths and tokens.shape[:-1].numel() > 1:
-            notes.append(
-                f"no mask or positions were given, so each row of {list(tokens.shape)} ids counts in full length"
-            )
+        if not notes and not told.keys() - {"labels"}:
+            return tokens, told, _note_without_lengths(tokens, options)
         return tokens, told, "; ".join(notes)
 
     def _given(self) -> Iterator[tuple[str, Any]]:
@@ -115,6 +114,13 @@ class Batch:
 
 
 EMPTY_BATCH = Batch()
+
+
+def _note_without_lengths(ids: Tensor, options: "NoiseOptions") -> str:
+    """The note on a batch that says nothing about the lengths of its sequences."""
+    if options.scale_by == "batch" or ids.ndim == 1 or torch.compiler.is_compiling() or ids.shape[:-1].numel() <= 1:
+        return ""
+    return f"no mask or positions were given, so each row of {list(ids.shape)} ids counts in full length"
 
 
 def _of_tokens(name: str, value: Any, ids: Tensor, row_length: int, given: Tensor | None) -> Any:

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["OFF", "FirstPasses", "generator_state"]
+__all__ = ["OFF", "FirstPasses", "generator_state", "may_be_recomputed"]
+
+#: Bytes of the state of PyTorch's CPU generator: its seed, its position and the first 128 of 624 words; and at the end, the
+#: normally distributed numbers that it keeps for later.
+_HEAD_OF_STATE, _TAIL_OF_STATE = 24 + 8 * 128, 40
 
 #: The first pass had no noise.
 OFF = object()
@@ -80,14 +84,20 @@ class FirstPasses:
 
 
 def generator_state(device: torch.device) -> Hashable:
-    """The state of the default generator of `device`, without waiting for the device. None where it cannot be read."""
+    """What tells states of the default generator of `device` apart. The host does not wait for it. None: it cannot be read."""
     if device.type == "cpu":
-        state = torch.get_rng_state()
-    elif device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        state = torch.cuda.get_rng_state(device)
-    else:
-        return None
-    return hash(ctypes.string_at(state.data_ptr(), state.numel()))
+        state = torch.default_generator.get_state()
+        begin, end = state.data_ptr(), state.data_ptr() + state.numel()
+        return hash((ctypes.string_at(begin, _HEAD_OF_STATE), ctypes.string_at(end - _TAIL_OF_STATE, _TAIL_OF_STATE)))
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        generator = torch.cuda.default_generators[device.index or 0]
+        return generator.initial_seed(), generator.get_offset()
+    return None
+
+
+def may_be_recomputed() -> bool:
+    """Whether backward may run the pass under way again. Checkpointing either disables gradients or packs what is saved."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _place(ids: Tensor) -> tuple[Any, torch.Size, tuple[int, ...]]:

@@ -119,9 +119,11 @@ class NEFTuneEmbedding(nn.Embedding):
 
 def is_wrapper(weight: Tensor) -> bool:
     """Whether the kernels cannot read `weight`: it is a DTensor, or quantised, as torchao does it to a table in place."""
+    if type(weight) is nn.Parameter:
+        return False
     if sharding.is_dtensor(weight):
         return True
-    return type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
+    return is_traceable_wrapper_subclass(weight)
 
 
 class NoiseHook:

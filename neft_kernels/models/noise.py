@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neft_kernels.models.batch import EMPTY_BATCH
-from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state
+from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state, may_be_recomputed
 from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
@@ -51,9 +51,10 @@ class EmbeddingNoise:
         self.last_device: str | None = None  # its device type, such as "cuda"
         #: The root mean square of the embeddings: for scale_by="rms", measured in the first pass with noise.
         self.rms: float | None = None
-        #: That of a recent batch, as :meth:`LookUp.squares` has it, and the number of batches so far.
+        #: That of a batch, as :meth:`LookUp.squares` has it, and whether the next batch is to be measured: the first one,
+        #: and those after :meth:`ratio` was asked for.
         self._squares: Tensor | None = None
-        self._batches = 0
+        self._measures_next = True
         #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
         self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
@@ -67,6 +68,7 @@ class EmbeddingNoise:
             "last_device": None,
             "was_fused": None,
             "_squares": None,
+            "_measures_next": True,
         }
 
     def warn(self, message: str) -> None:
@@ -99,8 +101,10 @@ class EmbeddingNoise:
         if options.sequence_group is not None:
             groups += groups_of(options.sequence_group)
         is_compiling = torch.compiler.is_compiling()
-        state = None if is_compiling else generator_state(ids.device)
-        first = self.first_passes.recall(ids, state) if in_backward() else None
+        recomputes = in_backward()
+        remembers = not is_compiling and (recomputes or may_be_recomputed())
+        state = generator_state(ids.device) if remembers else None
+        first = self.first_passes.recall(ids, state) if recomputes else None
         first = None if first is OFF else first
         # 1. How strong the noise of each token is.
         magnitude, note = self._magnitude(look_up, groups, arguments) if first is None else (first[0], self.note)
@@ -112,7 +116,7 @@ class EmbeddingNoise:
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
             self._record(look_up, magnitude, note)
-            if first is None:
+            if remembers and first is None:
                 self.first_passes.remember(ids, state, (magnitude, seed))
         return out
 
@@ -161,11 +165,10 @@ class EmbeddingNoise:
         """Keeps what ``describe`` reports. Logs the first batch."""
         ids, is_first, options = look_up.ids, self.last_magnitude is None, self.shared.options
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
-        self._batches += 1
         if _is_capturing(ids):
             return
-        if self._batches.bit_count() == 1 and _is_real(ids):  # now and then: after 1, 2, 4, 8 ... batches
-            self._squares = look_up.squares(magnitude)
+        if self._measures_next and _is_real(ids) and (isinstance(magnitude, Tensor) or magnitude > 0):
+            self._squares, self._measures_next = look_up.squares(magnitude), False
         if is_first and logger.isEnabledFor(logging.INFO):
             low, high = self.bounds() or (0.0, 0.0)
             ratio = self.ratio()
@@ -193,6 +196,7 @@ class EmbeddingNoise:
 
     def ratio(self) -> float | None:
         """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
+        self._measures_next = True
         if self.last_magnitude is None or self._squares is None:
             return None
         of_noise, of_embeddings = rms_of_noise(self.last_magnitude, self.shared.options.noise), root(self._squares)

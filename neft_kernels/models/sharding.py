@@ -52,10 +52,12 @@ def seed_and_stream(stream: int | None, groups: "Sequence[ProcessGroup]", device
     """
     if stream is None:
         stream = torch.distributed.get_rank() if distributed_is_on() else 0
-        distinct = {group.group_name: group for group in groups}.values()
-        stream -= sum(
-            torch.distributed.get_rank() - min(torch.distributed.get_process_group_ranks(group)) for group in distinct
-        )
+        if groups:
+            distinct = {group.group_name: group for group in groups}.values()
+            stream -= sum(
+                torch.distributed.get_rank() - min(torch.distributed.get_process_group_ranks(group))
+                for group in distinct
+            )
     seed = draw_seed(device, by_value=not groups)  # a broadcast takes a tensor on the device
     for group in groups:  # the seed of the first rank, because the others may have drawn other random numbers before
         seed = _collective("broadcast", seed, 0, group.group_name)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_noise import MAX_GRID_Y, launch_kernel
+from .triton_launch import MAX_GRID_Y, launch_kernel
 
 __all__ = ["token_magnitude"]
 

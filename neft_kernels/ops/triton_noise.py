@@ -11,18 +11,14 @@ that whole rows are read and written at about the same time. The arithmetic is t
 round separately. ``tools/check_gpu.py`` looks at the machine code for all of this.
 """
 
-import contextlib
 import functools
-import struct
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.driver import driver
 
 from .reference import GAUSSIAN, SIGN, UNIFORM
+from .triton_launch import INTERPRETED, launch_kernel, seed_arguments, tile_grid
 
 __all__ = ["add_noise", "noisy_embedding"]
 
@@ -33,9 +29,8 @@ NUM_WARPS = 4
 ONE_ROW = True
 # Registers of a thread. Without a limit ptxas uses fewer, and delays three of the four loads until the first vector is done.
 MAX_REGISTERS = 80
-MAX_GRID_Y = 65535
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _SIGN, _GAUSSIAN = tl.constexpr(SIGN), tl.constexpr(GAUSSIAN)
 
 
@@ -219,67 +214,6 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, int, int]:
     return TILE_VECTORS // vectors, vectors, NUM_WARPS, tiles
 
 
-def _grid(num_tokens: int, rows_of_tile: int, column_tiles: int) -> tuple[int, int, int]:
-    """The tiles of a row; and the tiles of rows, in as few parts as fit, which are equally large."""
-    row_tiles = -(-num_tokens // rows_of_tile)
-    parts = -(-row_tiles // MAX_GRID_Y)
-    return column_tiles, -(-row_tiles // parts), parts
-
-
-#: In place of a seed on the device: an empty tensor is a null pointer.
-_NO_SEED = torch.empty(0, dtype=torch.int64, device="cpu")
-
-
-#: Compiled kernels by all that they depend on. A function is the quicker key: to hash a kernel takes Triton a while.
-_compiled: dict[tuple, Any] = {}
-
-
-def launch_kernel(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: tuple,
-    numbers: tuple[int | float, ...],
-    *constants: Any,
-    num_warps: int = NUM_WARPS,
-    max_registers: int | None = None,
-) -> None:
-    """Launches a kernel of `tensors`, `numbers` and `constants`. `num_warps`, and `max_registers` of a thread on NVIDIA's
-    GPUs, must follow from the constants.
-
-    A compiled kernel is kept here, because Triton's own look-up takes longer than the launch. Triton says what the code
-    depends on, which differs by backend: types, alignment, on AMD also whether 32 bits address all of a tensor. Triton's
-    knobs, and its hooks that run before a kernel, count as they were when the kernel was first launched.
-    """
-    arguments = (*tensors, *numbers, *constants)
-    with _device_of(tensors[0]):
-        options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
-        if _INTERPRETED:
-            kernel[grid](*arguments, **options)
-            return
-        device = driver.active.get_current_device()
-        *_, target, _, bind = kernel.device_caches[device]
-        _, specialization, _ = bind(*arguments)
-        key = (kernel.fn, device, *specialization)
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*arguments)
-            return
-        if max_registers is not None and target.backend == "cuda":
-            options["maxnreg"] = max_registers
-        compiled = kernel[grid](*arguments, **options)
-        if compiled is not None:  # None: a hook of Triton's compiles it elsewhere
-            # Triton's asynchronous mode returns a promise of the kernel.
-            _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the GPU of `tensor` the current one, where it is another."""
-    if tensor.is_cuda:
-        index = tensor.get_device()
-        return contextlib.nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)
-    return torch.xpu.device(tensor.get_device()) if tensor.is_xpu else contextlib.nullcontext()
-
-
 def _noisy_rows(
     out: Tensor,  # [..., D], contiguous
     rows: Tensor,  # [num_rows, D]
@@ -297,14 +231,12 @@ def _noisy_rows(
         return out
     if num_rows == 0:
         return out.fill_(float("nan"))
-    # A seed on the CPU goes to a GPU by value.
-    by_value = seed.device != rows.device
-    halves = struct.unpack("<ii", struct.pack("<q", seed.item())) if by_value else (0, 0)
+    seed, *halves = seed_arguments(seed, rows.device)
     tensors = (
         out,
         rows,
         None if input_ids is None else input_ids.contiguous(),
-        _NO_SEED if by_value else seed,
+        seed,
         None if token_magnitude is None else token_magnitude.contiguous(),
     )
     row_stride, column_stride = rows.stride()
@@ -325,7 +257,7 @@ def _noisy_rows(
     constants = (unit, column_stride == 1, rows_of_tile, vectors, noise)
     launch_kernel(
         noisy_rows_kernel,
-        _grid(num_tokens, rows_of_tile, column_tiles),
+        tile_grid(num_tokens, rows_of_tile, column_tiles),
         tensors,
         numbers,
         *constants,
