@@ -1,14 +1,16 @@
 """Contract: a checkpointed region that holds the embedding itself has the same noise when it is recomputed, or none twice."""
 
 import contextlib
+import functools
+import operator
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from neft_kernels import no_noise, replace_embeddings
+from neft_kernels import NEFTuneEmbedding, no_noise, replace_embeddings
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
@@ -310,10 +312,31 @@ def test_a_recomputed_pass_in_evaluation_mode_has_no_noise():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_nothing_is_kept_where_nothing_is_recomputed():
-    model = replace_embeddings(Model(None, Region)).train()
-    model(IDS).sum().backward()
-    assert not model.region.embedding.noise.first_passes._by_storage
+@pytest.mark.parametrize("saved", ["mul.Tensor", "embedding", "index_select"])
+@pytest.mark.parametrize("options", [{}, {"scale_by": "rms", "alpha": 0.1}])
+def test_selective_checkpointing_hands_out_what_the_region_itself_computed(saved, options):
+    """What is computed for the magnitude, and for describe, is computed in the first pass only."""
+    op = operator.attrgetter(saved)(torch.ops.aten)
+    op = op if "." in saved else op.default
+    ids, gradients = torch.tensor([3, 4, 5, 0, 0]), []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        factor = torch.randn(8, requires_grad=True)
+        module = NEFTuneEmbedding(10, 8, backend="reference", **options)
+
+        def region(ids, module=module, factor=factor):
+            return (module(ids, attention_mask=(ids > 0).long()) * factor).sin()
+
+        torch.manual_seed(1)
+        if is_checkpointed:
+            contexts = functools.partial(create_selective_checkpoint_contexts, [op])
+            out = checkpoint(region, ids, use_reentrant=False, context_fn=contexts)
+        else:
+            out = region(ids)
+        out.sum().backward()
+        gradients.append((factor.grad, module.weight.grad))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
 
 
 def test_nothing_is_kept_of_ids_that_are_gone_but_of_the_last():

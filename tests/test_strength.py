@@ -31,6 +31,17 @@ class Wrapped(nn.Module):
         return self.base(input) + 1.0
 
 
+class Unreadable(nn.Module):
+    """An embedding whose table is no embedding module's."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.rows = table
+
+    def forward(self, input):
+        return self.rows[input]
+
+
 class Model(nn.Module):
     def __init__(self, table):
         super().__init__()
@@ -47,7 +58,7 @@ class Model(nn.Module):
     def get_input_embeddings(self):
         return self.table
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None):
         return self.table(input_ids)
 
 
@@ -190,6 +201,49 @@ def test_a_first_batch_of_padding_measures_nothing():
     assert ratio_by_hand(model, batch) == pytest.approx(0.1, rel=0.02)
 
 
+@pytest.mark.parametrize("table", ["scaled", "quantized", "wrapped"])
+def test_a_first_batch_without_noise_turns_nothing_off(table):
+    """Also where a compiler would make what was measured a constant."""
+    batch = padded_batch()
+    nothing = {**batch, "labels": torch.full_like(batch["input_ids"], -100)}
+    options = {"scale_by": "rms", "noise_on": "completion"}
+    model = replace_embeddings(Model(table), 0.1, **options)
+    model(**nothing)
+    assert ratio_by_hand(model, {**batch, "labels": batch["input_ids"]}) == pytest.approx(0.1, rel=0.1)
+
+    torch.compiler.reset()
+    compiled = torch.compile(replace_embeddings(Model(table), 0.1, **options), fullgraph=True)
+    with pytest.raises(Exception, match="no token of this one has noise"):
+        compiled(**nothing)
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (1024, 64), (64, 96)])
+@pytest.mark.parametrize("table", ["plain", "unreadable"])
+def test_the_sample_is_not_of_a_few_columns(table, shape):
+    """Of a batch in which the first token of each row is small, and most of a row is padding."""
+    model = Model("plain")
+    model.table.weight.data[1] /= 20
+    if table == "unreadable":
+        model.table = Unreadable(model.table.weight)
+    replace_embeddings(model, 0.1, scale_by="rms")
+    ids = torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = 1
+    mask = (torch.arange(shape[1]) < 20).long().expand(shape).contiguous()
+    assert ratio_by_hand(model, {"input_ids": ids, "attention_mask": mask}) == pytest.approx(0.1, rel=0.1)
+    assert describe(model)[0].ratio == pytest.approx(0.1, rel=0.1)
+
+
+def test_the_table_inside_of_a_wrapper_is_measured():
+    model = Model("wrapped")
+    table, ids = model.table.base.weight, torch.arange(20, 40)[None]
+    table.data[7] *= 30  # in the table, and not in the batch
+    factor = (model(ids).square().mean() / table[ids].square().mean()).sqrt().item()
+    expected = 0.1 * math.sqrt(3) * table.square().mean().sqrt().item() * factor
+    replace_embeddings(model, 0.1, scale_by="rms")
+    model(ids)
+    assert describe(model)[0].last_magnitude[0] == pytest.approx(expected, rel=0.05)
+
+
 def test_a_schedule_that_begins_at_zero_measures_all_the_same():
     model = replace_embeddings(Model("quantized"), lambda step: 0.1 * min(step, 1), scale_by="rms")
     batch = padded_batch()
@@ -259,6 +313,16 @@ def test_alpha_above_one_is_an_error_where_it_is_a_ratio():
         with pytest.raises(ValueError, match="alpha is the ratio of the noise to the embeddings"):
             make()
     assert type(model.table) is nn.Embedding
+
+
+def test_alpha_above_one_is_an_error_later_too():
+    model = replace_embeddings(Model("plain"), 0.1, scale_by="rms")
+    with pytest.raises(ValueError, match="alpha is the ratio"):
+        set_alpha(model, 5.0)
+    replace_embeddings(model, lambda step: 5.0 * min(step, 1), scale_by="rms")
+    model(**padded_batch())
+    with pytest.raises(ValueError, match="alpha is the ratio"):
+        model(**padded_batch())
 
 
 def test_the_function_wants_rms_for_that_rule_alone():

@@ -1,5 +1,6 @@
 """What the first pass of a checkpointed region had, so that the pass that backward recomputes has the same."""
 
+import contextlib
 import ctypes
 import weakref
 from collections import deque
@@ -8,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
-__all__ = ["OFF", "FirstPasses", "generator_state", "may_be_recomputed"]
+__all__ = ["OFF", "FirstPasses", "generator_state", "outside_of_selective_checkpointing"]
 
 #: Bytes of the state of PyTorch's CPU generator: its seed, its position and the first 128 of 624 words; and at the end, the
 #: normally distributed numbers that it keeps for later.
@@ -95,9 +98,15 @@ def generator_state(device: torch.device) -> Hashable:
     return None
 
 
-def may_be_recomputed() -> bool:
-    """Whether backward may run the pass under way again. Checkpointing either disables gradients or packs what is saved."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def outside_of_selective_checkpointing() -> contextlib.AbstractContextManager:
+    """Hides what runs inside from selective activation checkpointing, because a recomputed pass does not run it again.
+
+    It stores the results of operations in the order in which they ran, and hands them out in that order.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return contextlib.nullcontext()
+    is_selective = isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode)
+    return _disable_current_modes() if is_selective else contextlib.nullcontext()
 
 
 def _place(ids: Tensor) -> tuple[Any, torch.Size, tuple[int, ...]]:

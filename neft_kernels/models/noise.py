@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neft_kernels.models.batch import EMPTY_BATCH
-from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state, may_be_recomputed
+from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state, outside_of_selective_checkpointing
 from neft_kernels.models.passes import in_backward
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
@@ -101,13 +101,15 @@ class EmbeddingNoise:
         if options.sequence_group is not None:
             groups += groups_of(options.sequence_group)
         is_compiling = torch.compiler.is_compiling()
-        recomputes = in_backward()
-        remembers = not is_compiling and (recomputes or may_be_recomputed())
-        state = generator_state(ids.device) if remembers else None
-        first = self.first_passes.recall(ids, state) if recomputes else None
+        state = None if is_compiling else generator_state(ids.device)
+        first = self.first_passes.recall(ids, state) if in_backward() else None
         first = None if first is OFF else first
         # 1. How strong the noise of each token is.
-        magnitude, note = self._magnitude(look_up, groups, arguments) if first is None else (first[0], self.note)
+        if first is None:
+            with outside_of_selective_checkpointing():
+                magnitude, note = self._magnitude(look_up, groups, arguments)
+        else:
+            magnitude, note = first[0], self.note
         # 2. Which noise: the ranks of a replica share it. A recomputed pass draws too, so that what follows draws the same.
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
         seed = seed if first is None else first[1]
@@ -115,8 +117,9 @@ class EmbeddingNoise:
         out = op(magnitude=magnitude, noise=options.noise, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
-            self._record(look_up, magnitude, note)
-            if remembers and first is None:
+            with outside_of_selective_checkpointing():
+                self._record(look_up, magnitude, note)
+            if first is None:
                 self.first_passes.remember(ids, state, (magnitude, seed))
         return out
 
@@ -158,6 +161,11 @@ class EmbeddingNoise:
         if options.scale_by == "rms" and rms is None:
             names = tuple(group.group_name for group in groups)
             rms = measured_rms(ids, look_up.table, look_up.output, of_tokens(1.0, 1.0), names)
+            if rms == 0 and torch.compiler.is_compiling():  # it would be a constant of the graph
+                raise RuntimeError(
+                    'scale_by="rms" measures the embeddings in the first pass, and no token of this one has noise; run the '
+                    "model once uncompiled on a batch that has"
+                )
             self.rms = rms or None  # 0.0 if no token of this batch has noise
         return of_tokens(self.shared.alpha_on(ids.device), rms), note
 

@@ -1,7 +1,8 @@
 """What the user chooses: the options of the noise, and alpha as a number or a schedule."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,7 @@ class NoiseOptions:
     sequence_group: "Group | None" = None
     sequence_layout: str = "contiguous"
     under_no_grad: bool = False
-    argument_names: Mapping[str, str] | None = None
+    argument_names: Mapping[str, str] | None = field(default=None, hash=False)
     noise: str = "uniform"
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class AlphaSchedule:
         #: The number of forward passes in training before this one, or the step that NEFTuneCallback or set_alpha gave.
         self.step = 0
         self.counts_passes, self.has_begun = True, False
+        #: The largest alpha that is allowed: 1 where it is the ratio of the noise to the embeddings.
+        self.most = math.inf
         #: Alpha for compiled graphs once it has been set at run time, float64. A number would be a constant of the graph.
         self.tensor: Tensor | None = None
         if callable(value):
@@ -96,7 +99,7 @@ class AlphaSchedule:
         """
         at = self.step if step is None else step
         now = value(at) if callable(value) else value
-        check_alpha(now)
+        self._check(now)
         self.value, self.is_function = value, callable(value)
         self.step, self.counts_passes, self.has_begun = at, step is None, self.has_begun and step is None
         place = device if device is not None and device.type in ("cuda", "xpu") else torch.device("cpu")
@@ -115,8 +118,20 @@ class AlphaSchedule:
         if not callable(self.value):
             return self.value
         alpha = self.value(self.step)
-        check_alpha(alpha)
+        self._check(alpha)
         return alpha
+
+    def limit(self, most: float) -> None:
+        """Allows no alpha above `most`, now or later."""
+        self.most = most
+        self._check(self.now())
+
+    def _check(self, alpha: float) -> None:
+        check_alpha(alpha)
+        if alpha > self.most:
+            raise ValueError(
+                f'with scale_by="rms" alpha is the ratio of the noise to the embeddings, such as 0.1, not {alpha:g}'
+            )
 
     @property
     def counts_steps(self) -> bool:

@@ -272,7 +272,7 @@ def _check_own_names(names: dict[str, str], around: list[nn.Module]) -> None:
     parameters = [each for module in around for each in inspect.signature(module.forward).parameters.values()]
     known = dict.fromkeys(each.name for each in parameters)
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-    if takes_any or names.get("input_ids", "input_ids") not in known:  # the batch may be given as a dictionary
+    if takes_any or any(len(parameters_of_forward(module)) == 1 for module in around):  # of a batch in one dictionary
         return
     for own in names.values():
         if own not in known:

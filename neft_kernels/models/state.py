@@ -49,10 +49,8 @@ class ModelNoise:
     """
 
     def __init__(self, options: NoiseOptions, alpha: AlphaSchedule, is_shared: bool = False) -> None:
-        if options.scale_by == "rms" and alpha.now() > 1:
-            raise ValueError(
-                f'with scale_by="rms" alpha is the ratio of the noise to the embeddings, such as 0.1, not {alpha.now():g}'
-            )
+        if options.scale_by == "rms":
+            alpha.limit(1.0)
         self.options, self.alpha = options, alpha
         #: True if shared by all embeddings of a model; False if it belongs to one embedding that was built noisy.
         self.is_shared = is_shared

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from neft_kernels.models.sharding import Part, sum_over
 from neft_kernels.ops.magnitude import wide_dtype
@@ -65,7 +64,11 @@ class LookUp:
 
         It is about a sample of the tokens. Zeros are not counted: padding in a table, and columns that other ranks hold.
         """
-        every = slice(None, None, max(1, self.ids.numel() // TOKENS))
+        shape = self.ids.shape if self.output is None else self.output.shape[:-1]
+        step = max(1, shape.numel() // TOKENS)
+        while math.gcd(step, shape[-1]) > 1:  # or all samples would be of a few columns
+            step += 1
+        every = slice(None, None, step)
         if self.output is not None:
             rows = self.output.detach().flatten(0, -2)[every]
         else:
@@ -74,11 +77,10 @@ class LookUp:
             rows = nn.functional.embedding(ids, self.table.detach())
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if isinstance(magnitude, Tensor):
-            rows = rows * (magnitude.expand(self.ids.shape).flatten()[every] > 0)[:, None]
+            rows = rows * (magnitude.expand(shape).flatten()[every] > 0)[:, None]
         return torch.stack([rows.square().sum(), rows.count_nonzero().to(rows.dtype)])
 
 
-@torch.compiler.assume_constant_result  # dynamo calls it with the real tensors while it traces
 def measured_rms(
     ids: Tensor, table: Tensor | None, output: Tensor | None, magnitude: float | Tensor, groups: tuple[str, ...]
 ) -> float:
@@ -96,6 +98,8 @@ def measured_rms(
     Raises:
         RuntimeError: the embeddings cannot be read, because this pass is exported or captured in a CUDA graph.
     """
+    from torch._subclasses import FakeTensor
+
     if ids.is_meta:
         return 0.0
     is_fake = torch.compiler.is_exporting() or isinstance(ids, FakeTensor)
@@ -110,17 +114,31 @@ def measured_rms(
     of_output = root(sum_over(groups, LookUp(ids, table, output).squares(magnitude)))
     if table is None:
         return of_output
-    return _rms_of_table(table) * of_output / root(sum_over(groups, LookUp(ids, table).squares(magnitude)))
+    of_rows = root(sum_over(groups, LookUp(ids, table).squares(magnitude)))
+    return _rms_of_table(table) * of_output / of_rows if of_rows else 0.0
+
+
+# What torch.compiler.assume_constant_result does, without its import of dynamo, which calls this with the real tensors while
+# it traces.
+measured_rms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def readable_table(module: nn.Module, ids: Tensor, output: Tensor) -> Tensor | None:
-    """The table that `module` looked `ids` up in, if it is one of numbers."""
-    if not isinstance(module, nn.Embedding) or type(module.weight) not in (Tensor, nn.Parameter):
+    """The table of numbers that `module` looked `ids` up in: its own, or the last one inside, as in a layer of PEFT."""
+    if ids.shape != output.shape[:-1] or ids.is_floating_point():
         return None
-    weight = module.weight
-    is_table = weight.ndim == 2 and weight.is_floating_point() and weight.shape[-1] == output.shape[-1]
-    are_its_ids = ids.shape == output.shape[:-1] and not ids.is_floating_point() and ids.device == weight.device
-    return weight if is_table and are_its_ids else None
+    tables = [
+        each.weight
+        for each in module.modules()
+        if isinstance(each, nn.Embedding) and type(each.weight) in (Tensor, nn.Parameter)
+    ]
+    fitting = [
+        table
+        for table in tables
+        if table.ndim == 2 and table.is_floating_point() and table.shape[-1] == output.shape[-1]
+        if table.device == ids.device
+    ]
+    return fitting[-1] if fitting else None
 
 
 def described_kind(noise: str) -> str:

@@ -95,7 +95,7 @@ def noise_magnitude(
         magnitude = alpha * (math.sqrt(3) * rms)
         if not isinstance(counts, Tensor):
             return magnitude.to(torch.float32) if isinstance(magnitude, Tensor) else magnitude
-        return torch.where(counts > 0, magnitude, 0).to(torch.float32)
+        return ((counts > 0).to(wide_dtype(input_ids.device)) * magnitude).to(torch.float32)
     if scale_by == "batch" or (attention_mask is None and position_ids is None and cu_seq_lens is None):
         magnitude = _magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:

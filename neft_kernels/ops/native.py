@@ -33,5 +33,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{NOT_BUILT} in {package}; build it in a checkout: {build}"
     except ImportError as error:
         return None, f"the extension does not load: {error}"
+    if not hasattr(extension, "register_kernels"):
+        return None, "the extension is of an older version of the package; build it again"
     extension.register_kernels(NAMESPACE)
     return extension, ""

@@ -19,6 +19,7 @@ class NEFTuneEmbedding(nn.Module):
 
     weight: Tensor
     padding_idx: int | None
+    max_norm: float | None
     scale_grad_by_freq: bool
     sparse: bool
     alpha: float
@@ -28,4 +29,8 @@ class NEFTuneEmbedding(nn.Module):
         if not (self.training and torch.is_grad_enabled() and self.alpha):
             return nn.functional.embedding(input, self.weight, self.padding_idx, **options)
         magnitude = noise_magnitude(input, self.weight.shape[1], self.alpha)
-        return noisy_embedding(input, self.weight, magnitude, padding_idx=self.padding_idx, **options)
+        if self.max_norm is not None:
+            raise ValueError("max_norm is not supported: it rewrites the weight in forward")
+        is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        stream = torch.distributed.get_rank() if is_one_of_several else 0  # replicas may share a seed
+        return noisy_embedding(input, self.weight, magnitude, stream=stream, padding_idx=self.padding_idx, **options)
