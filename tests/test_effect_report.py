@@ -119,9 +119,9 @@ def test_the_rest_of_the_readme_stays(written):
 
 def test_it_says_how_strong_the_noise_is(written):
     text = reported(written)
-    # 5 * 0.06 / 0.5; and 0.06 against 1 / sqrt(3 * 512 * 4096).
+    # 5 * 0.06 / 0.5; and 5 / sqrt(3 * 512 * 4096) / 0.02.
     assert "at alpha 5 its root mean square is 0.60 of the embeddings'" in text
-    assert "on 512 tokens of width 4096 is noise 150 times weaker" in text
+    assert "With 512 tokens of width 4096 and embeddings of root mean square 0.02 it is 0.10." in text
 
 
 def test_weaker_noise_is_reported_apart(written):

@@ -411,8 +411,8 @@ neft-kernels run trl sft --config config.yaml --neftune_noise_alpha 5
 plugins:
   - neft_kernels.integrations.axolotl.NEFTunePlugin
 neftune_noise_alpha: 5
-neft_kernels:            # the options, if any
-  scale_by: batch
+neft_kernels:            # optional: options of replace_embeddings
+  noise_on: completion
 ```
 
 ## LLaMA-Factory
@@ -457,7 +457,7 @@ the launcher, which reaches every process that a command starts:
 
 ```sh
 neft-kernels run axolotl train config.yaml
-neft-kernels run --scale-by batch -- swift sft ...
+neft-kernels run --noise-on completion -- swift sft ...
 python -m neft_kernels run llamafactory-cli train config.yaml
 ```
 

@@ -65,7 +65,7 @@ ARMS = (
     Arm("packed with the hook", PACKED, HOOK, "#d1495b"),
 )
 Treatment = tuple[Arm, float]  # and its alpha
-LARGE_WIDTH, LARGE_TOKENS = 4096, 512  # such as a model has that the paper is about
+LARGE_WIDTH, LARGE_TOKENS, LARGE_RMS = 4096, 512, 0.02  # such as a model has that the paper is about
 RIGHT_LENGTH, WRONG_LENGTH = ARMS[1:]
 
 
@@ -208,13 +208,12 @@ def _against(effect: Effect) -> str:
 def how_strong(results: Results) -> str:
     """A line: the noise against the embeddings, here and in a large model."""
     alpha = results.alphas[0]
-    first = results.runs[Run(PADDED, OURS, alpha, results.seeds[0])]["first_update"]
-    of_large = 1 / math.sqrt(3 * LARGE_TOKENS * LARGE_WIDTH)  # of a uniform at alpha 1
+    of_large = alpha / math.sqrt(3 * LARGE_TOKENS * LARGE_WIDTH) / LARGE_RMS
     return (
         f"- **How strong the noise is**: at alpha {alpha} its root mean square is {results.noise_ratio(ARMS[0], alpha):.2f} "
-        f"of the embeddings'. The same alpha on {LARGE_TOKENS} tokens of width {LARGE_WIDTH} is noise "
-        f"{first['right_rms_per_alpha'] / of_large:.0f} times weaker. The experiment therefore shows "
-        "what too much noise does, and says little about models of that size."
+        f"of the embeddings'. With {LARGE_TOKENS} tokens of width {LARGE_WIDTH} and embeddings of root mean square "
+        f"{LARGE_RMS} it is {of_large:.2f}. The experiment therefore shows what too much noise does, and says little about "
+        "models of that size."
     )
 
 

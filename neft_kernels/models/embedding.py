@@ -95,7 +95,10 @@ class NEFTuneEmbedding(nn.Embedding):
     def _forward_in_two_steps(
         self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
     ) -> Tensor:
-        """The plain forward, then the noise on its output."""
+        """The plain forward, then the noise on its output: for a table that is quantised or a DTensor.
+
+        The output of a DTensor is summed or gathered over the ranks first, because otherwise each rank would add noise.
+        """
         if not is_on(noise, self, input):
             return plain()
         if not sharding.is_dtensor(self.weight):

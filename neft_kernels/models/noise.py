@@ -104,7 +104,7 @@ class EmbeddingNoise:
         state = None if is_compiling else generator_state(ids.device)
         first = self.first_passes.recall(ids, state) if in_backward() else None
         first = None if first is OFF else first
-        # 1. How strong the noise of each token is.
+        # 1. How strong the noise of each token is. noise_magnitude() makes it 0 for padding.
         if first is None:
             with outside_of_selective_checkpointing():
                 magnitude, note = self._magnitude(look_up, groups, arguments)
@@ -203,7 +203,10 @@ class EmbeddingNoise:
         return (noisy.min().item(), noisy.max().item()) if noisy.numel() else (0.0, 0.0)
 
     def ratio(self) -> float | None:
-        """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
+        """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device.
+
+        The embeddings of the next batch are measured again.
+        """
         self._measures_next = True
         if self.last_magnitude is None or self._squares is None:
             return None

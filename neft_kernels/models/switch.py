@@ -15,7 +15,10 @@ HOOK_NAME = "neftune_post_forward_hook"
 
 
 def is_on(noise: EmbeddingNoise, module: nn.Module, ids: Tensor) -> bool:
-    """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had."""
+    """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had.
+
+    Call it once in each pass: it counts the pass, and remembers one without noise for its recomputation.
+    """
     noise.shared.reached.embedding_called()
     warn_of_other_noise(noise, module)
     now = state(noise, module) == "on"
