@@ -39,11 +39,13 @@ class EmbeddingReport:
     def __str__(self) -> str:
         if self.last_magnitude is None:
             last = "no noisy batch recorded yet (compiled models record none)"
+        elif self.last_magnitude[1] == 0:
+            last = "no token of the last batch had noise"
         elif self.last_magnitude[0] == self.last_magnitude[1]:
             last = f"last batch {BOUND[self.noise]}{self.last_magnitude[1]:.3g}"
         else:
             last = f"last batch {BOUND[self.noise]}{self.last_magnitude[0]:.3g} to {self.last_magnitude[1]:.3g} by sequence"
-        if self.ratio is not None:
+        if self.ratio:
             last += f", {described_ratio(self.ratio)}"
         tokens = "" if self.noise_on == "all" else f" on the {self.noise_on}"
         stream = "of this replica" if self.stream is None else self.stream
