@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import multiprocessing
 import pickle
 
@@ -168,6 +169,11 @@ def test_a_failed_pass_draws_at_most_its_own_seed(monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def reports(network):
+    """What describe says, but for the ratio, for which a copy measures its embeddings anew."""
+    return [dataclasses.replace(report, ratio=None) for report in describe(network)]
+
+
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 @pytest.mark.parametrize("alpha", [5.0, schedule], ids=["number", "schedule"])
 def test_a_copy_made_in_the_middle_of_training_goes_on_alike(copier, alpha):
@@ -187,4 +193,4 @@ def test_a_copy_made_in_the_middle_of_training_goes_on_alike(copier, alpha):
     assert differing(dict(twin.named_parameters()), dict(network.named_parameters()))
     seeded(steps, twin, twin_optimizer, 3)
     assert not differing(dict(twin.named_parameters()), dict(network.named_parameters()))
-    assert describe(twin) == describe(network)
+    assert reports(twin) == reports(network)

@@ -92,7 +92,7 @@ def _noise(tokens, vectors, seed, stream, dtype: tl.constexpr, NOISE: tl.constex
     if dtype.primitive_bitwidth == 16:
         halves = tl.join(words & 0xFFFF, words >> 16)  # low half first
         if NOISE == _SIGN:
-            noise = ((~halves << 16) & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
+            noise = ((halves ^ 0x8000) << 16 & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
         else:
             noise = tl.fma(halves.to(tl.float32), 2.0**-15, 2.0**-16 - 1)  # exact, so nothing is lost by fusing
     elif NOISE == _SIGN:
