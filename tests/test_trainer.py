@@ -106,6 +106,23 @@ def test_callback_is_there_while_it_trains_and_gone_afterwards(tmp_path):
         assert report.last_magnitude == pytest.approx((7.0 / (9 * D) ** 0.5,) * 2)
 
 
+@pytest.mark.parametrize("by", ["callback", "patch"])
+def test_alpha_may_be_the_ratio_of_the_noise_to_the_embeddings(tmp_path, by):
+    """Measured when training begins, and changed by a schedule."""
+    network, look = llama(), Look()
+    rms = network.get_input_embeddings().weight.square().mean().sqrt().item()
+    if by == "callback":
+        callback = NEFTuneCallback(alpha=lambda step: 0.1 * (step + 1), scale_by="rms")
+        trainer(tmp_path, network, [callback, look]).train()
+    else:
+        with patch_transformers(scale_by="rms"):
+            trainer(tmp_path, network, [look], neftune_noise_alpha=0.1).train()
+    expected = [0.1, 0.2, 0.3] if by == "callback" else [0.1] * 3
+    for (report,), ratio in zip(look.reports, expected, strict=True):
+        assert report.last_magnitude == pytest.approx((ratio * 3**0.5 * rms,) * 2)
+        assert report.ratio == pytest.approx(ratio, rel=0.2)  # of a few tokens
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_training_that_fails_leaves_a_plain_model(tmp_path, error):
     network, look = llama(), Look(fail_at=2, error=error)
