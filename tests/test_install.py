@@ -478,3 +478,14 @@ def test_an_extension_that_was_not_built_says_how_to_build_it(monkeypatch, name,
 def test_any_other_value_of_the_switch_is_an_error(modules_built):
     with pytest.raises(SystemExit, match="NEFT_KERNELS_BUILD must be 0, 1, cpu or unset, not 'banana'"):
         modules_built("banana")
+
+
+def test_an_extension_of_an_older_version_is_not_used(monkeypatch):
+    from types import ModuleType
+
+    from neft_kernels.ops import native
+
+    monkeypatch.setattr(native.importlib, "import_module", lambda *_: ModuleType("_C_cpu"))
+    module, why = native.load.__wrapped__("cpu")
+    assert module is None
+    assert "build it again" in why

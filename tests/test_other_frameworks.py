@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from neft_kernels import NEFTuneEmbedding, describe, noise_magnitude, noisy_embedding, replace_embeddings
+from neft_kernels.models.options import NoiseOptions
 
 V, D = 50, 16
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 8, 7, 0, 0, 0]])
@@ -193,3 +194,15 @@ def test_lightning_trains_with_the_noise_and_validates_without(tmp_path):
     assert all(torch.equal(noise, MASK) for noise in lit.noise["training"])
     assert len(lit.noise["validation"]) == 3
     assert not any(noise.any() for noise in lit.noise["validation"])
+
+
+def test_options_with_names_can_be_hashed():
+    options = NoiseOptions(argument_names=OWN_NAMES)
+    assert hash(options) == hash(NoiseOptions())
+    assert options != NoiseOptions()
+
+
+@pytest.mark.parametrize("wrong", ["attention_mask", "position_ids"])
+def test_a_name_that_no_forward_takes_is_an_error(wrong):
+    with pytest.raises(ValueError, match="'maks', which no forward of the model takes"):
+        replace_embeddings(Decoder(), argument_names={wrong: "maks"})
