@@ -9,6 +9,7 @@ from torch import nn
 
 from helpers.models import LLAMA_INPUTS, build, llama
 from neft_kernels import NEFTuneEmbedding, describe, no_noise, noise_magnitude, replace_embeddings, set_alpha
+from neft_kernels.models.strength import LookUp
 
 VOCABULARY, WIDTH = 400, 32
 #: By name: a model whose table is of `embedding`, and what it multiplies the rows by.
@@ -116,6 +117,20 @@ def test_the_ratio_is_of_the_last_batch():
     set_alpha(model, 3.0)
     model(**padded_batch())
     assert describe(model)[0].ratio == pytest.approx(3 * before)
+
+
+def test_embeddings_are_measured_in_the_first_batch_and_after_a_report(monkeypatch, caplog):
+    measured, squares = [], LookUp.squares
+    monkeypatch.setattr(LookUp, "squares", lambda *args: measured.append(0) or squares(*args))
+    model = replace_embeddings(Model("plain"), alpha=5.0)
+    with caplog.at_level(logging.INFO, "neft_kernels"):  # whose line about the first batch is no report
+        for _ in range(3):
+            model(**padded_batch())
+    assert len(measured) == 1
+    describe(model)
+    for _ in range(3):
+        model(**padded_batch())
+    assert len(measured) == 2
 
 
 def test_only_tokens_with_noise_count():

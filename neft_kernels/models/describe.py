@@ -82,6 +82,7 @@ def describe(model: nn.Module) -> Report:
 
 def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
     shared, options = noise.shared, noise.shared.options
+    noise.measures_next = True  # so that the next report has the embeddings as they are then
     state = state_of(noise, module)
     return EmbeddingReport(
         name=name or "(the model itself)",

@@ -52,9 +52,9 @@ class EmbeddingNoise:
         #: The root mean square of the embeddings: for scale_by="rms", measured in the first pass with noise.
         self.rms: float | None = None
         #: That of a batch, as :meth:`LookUp.squares` has it, and whether the next batch is to be measured: the first one,
-        #: and those after :meth:`ratio` was asked for.
+        #: and those after ``describe``.
         self._squares: Tensor | None = None
-        self._measures_next = True
+        self.measures_next = True
         #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
         self.was_fused: bool | None = None
         self.first_passes = FirstPasses()
@@ -68,7 +68,7 @@ class EmbeddingNoise:
             "last_device": None,
             "was_fused": None,
             "_squares": None,
-            "_measures_next": True,
+            "measures_next": True,
         }
 
     def warn(self, message: str) -> None:
@@ -175,8 +175,8 @@ class EmbeddingNoise:
         self.last_magnitude, self.note, self.last_device = magnitude, note, ids.device.type
         if _is_capturing(ids):
             return
-        if self._measures_next and _is_real(ids) and (isinstance(magnitude, Tensor) or magnitude > 0):
-            self._squares, self._measures_next = look_up.squares(magnitude), False
+        if self.measures_next and _is_real(ids) and (isinstance(magnitude, Tensor) or magnitude > 0):
+            self._squares, self.measures_next = look_up.squares(magnitude), False
         if is_first and logger.isEnabledFor(logging.INFO):
             low, high = self.bounds() or (0.0, 0.0)
             ratio = self.ratio()
@@ -203,11 +203,7 @@ class EmbeddingNoise:
         return (noisy.min().item(), noisy.max().item()) if noisy.numel() else (0.0, 0.0)
 
     def ratio(self) -> float | None:
-        """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device.
-
-        The embeddings of the next batch are measured again.
-        """
-        self._measures_next = True
+        """The root mean square of the noise of the last batch over that of the embeddings. Waits for the device."""
         if self.last_magnitude is None or self._squares is None:
             return None
         of_noise, of_embeddings = rms_of_noise(self.last_magnitude, self.shared.options.noise), root(self._squares)
