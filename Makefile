@@ -117,13 +117,13 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	rearrangement.py passes.py strength.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
+	rearrangement.py passes.py strength.py checkpointing.py huggingface.py lookups.py copies.py cuda_sources.py gpu.py)
 
 GPU_BUILD ?= 1
 
 test-gpu:  ## on a GPU: build both extensions in place (GPU_BUILD=0: they are there), then all tests that such a machine can run
 	$(if $(filter 1,$(GPU_BUILD)),NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace)
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q -k "not peft and not trainer" $(GPU_PYTEST) $(GPU_TESTS)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(GPU_PYTEST) $(GPU_TESTS)
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all --tool
 

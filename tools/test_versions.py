@@ -27,7 +27,21 @@ TRANSFORMERS = ("4.57.6", "5.0.0", "5.24.0")
 
 #: Run once with each torch, and the others with each torch and transformers.
 OPS_TESTS = ("contract", "backends", "ops", "autograd", "embedding_grad", "magnitude", "errors")
-MODEL_TESTS = ("modules", "huggingface", "situations", "parts", "strength", "checkpointing", "trainer")
+MODEL_TESTS = (
+    *(
+        "modules",
+        "huggingface",
+        "lookups",
+        "copies",
+        "alpha",
+        "log",
+        "situations",
+        "parts",
+        "strength",
+        "checkpointing",
+    ),
+    *("trainer", "patch_transformers", "sft", "peft"),
+)
 
 #: Beside torch, and beside transformers.
 TEST_PACKAGES = ("setuptools>=77", "numpy", "scipy", "triton>=3.5", "pytest", "pytest-xdist", "hypothesis")
