@@ -3,14 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    TrainableTokensConfig,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from helpers.models import batch, build, llama
