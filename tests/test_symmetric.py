@@ -17,13 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from helpers.models import BART, NO_DROPOUT, T5, D, batch, build
 from neft_kernels import (
-    NEFTuneCallback,
     NEFTuneEmbedding,
     add_noise,
     describe,
     no_noise,
     noise_magnitude,
-    patch_transformers,
     replace_embeddings,
     restore_embeddings,
     set_alpha,
@@ -465,53 +463,6 @@ def test_describe_and_the_log_say_it(caplog):
     assert "symmetric sign noise on" in str(report)
     (report,) = describe(replace_embeddings(model))
     assert not report.symmetric
-
-
-class Rows(transformers.TrainerCallback):
-    """Notes the rows that the embedding sees in training."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.seen = []
-        embedding = kwargs["model"].get_input_embeddings()
-        embedding.register_forward_pre_hook(lambda module, given: self.seen.append(given[0].shape[0]))
-
-
-def trainer(tmp_path, callbacks, **arguments):
-    examples = [{name: value[0] for name, value in batch().items()} for _ in range(8)]
-    arguments = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": "none", "use_cpu": True, **arguments}
-    return transformers.Trainer(
-        build("llama"),
-        transformers.TrainingArguments(tmp_path, disable_tqdm=True, logging_steps=1, **arguments),
-        train_dataset=examples,
-        eval_dataset=examples,
-        callbacks=callbacks,
-    )
-
-
-def test_the_callback_and_the_patch_double_the_batches_of_the_trainer(tmp_path):
-    rows = Rows()
-    trainer(tmp_path, [NEFTuneCallback(symmetric=True), rows]).train()
-    assert rows.seen == [4, 4]
-    with patch_transformers(symmetric=True):
-        trainer(tmp_path, [rows], neftune_noise_alpha=5.0, eval_strategy="steps", eval_steps=1).train()
-    assert rows.seen[:2] == [4, 8]  # the second pass is one of evaluation, in batches of 8
-
-
-def test_accumulated_steps_are_those_of_one_large_batch(tmp_path):
-    def weights(**arguments):
-        model_trainer = trainer(
-            tmp_path, [NEFTuneCallback(lambda step: 1e-30, symmetric=True)], max_steps=1, **arguments
-        )
-        model_trainer.train()
-        return torch.nn.utils.parameters_to_vector(model_trainer.model.parameters())
-
-    accumulated = weights(gradient_accumulation_steps=4)
-    torch.testing.assert_close(accumulated, weights(per_device_train_batch_size=8), atol=1e-6, rtol=1e-4)
-
-
-def test_label_smoothing_of_the_trainer_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="pass labels to it"):
-        trainer(tmp_path, [NEFTuneCallback(symmetric=True)], label_smoothing_factor=0.1).train()
 
 
 @pytest.mark.parametrize("class_name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
