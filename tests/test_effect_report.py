@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks import records
+from experiments.effect import analysis, report_pretrained
 from experiments.effect import report as effect_report
-from experiments.effect import report_pretrained
 from experiments.effect import run as effect
+from experiments.effect.analysis import MINUS
 from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, RMS, Run, runs
-from experiments.effect.report import MINUS
 
 SMALL = PRESETS["small"]
 #: By seed, what no noise explains; the mean is 0, and alpha does not change it, so it must not widen any interval.
@@ -55,7 +55,7 @@ def record_of(run, preset=SMALL):
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """A folder with a README, and records of which the outcomes are known."""
-    monkeypatch.setattr(effect_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(analysis, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "environment", lambda: {"device": "a device", "commit": "c0ffee"})
     references = {"answer_tokens": 40.0, "repeated_4grams": 0.01, "leaked_8grams": 0.2}
     pretraining = {"preset": "small", "stage": "pretraining", "start": START, "parameters": 2_000_000}
@@ -162,9 +162,9 @@ def test_without_enough_runs_there_is_no_report(written):
     path = written / "effect.jsonl"
     path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[: 1 + 11]))
     with pytest.raises(SystemExit, match="two seeds"):
-        effect_report.Results("small")
+        analysis.Results("small")
     with pytest.raises(SystemExit, match="no run of preset 'gpu'"):
-        effect_report.Results("gpu")
+        analysis.Results("gpu")
 
 
 def test_a_run_is_known_by_its_settings():

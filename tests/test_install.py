@@ -17,9 +17,6 @@ from pathlib import Path
 
 import pytest
 
-import neft_kernels
-from neft_kernels.ops.native import load
-
 pytestmark = pytest.mark.xdist_group("install")  # shares `source_distribution` and `compiled`
 
 REPOSITORY = Path(__file__).parent.parent
@@ -289,6 +286,7 @@ def test_without_a_compiler_and_unasked_the_build_is_pure_python_and_works(sourc
     wheel = only_wheel(build(source, tmp_path / "out", "--no-build-isolation", **NO_COMPILER), tmp_path / "out")
     assert not [name for name in unpack(wheel, tmp_path / "installed") if name.endswith(".so")]
     check_pure(use(tmp_path / "installed", tmp_path / "elsewhere", ""))
+<<<<<<< HEAD
 
 
 @pytest.fixture
@@ -514,3 +512,5 @@ def test_the_number_of_the_interface_changes_with_the_schemas():
             "bool scale_grad_by_freq) -> Tensor",
         },
     )
+=======
+>>>>>>> 862f926d062812f0a307b62083b09e064511af14

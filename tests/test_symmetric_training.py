@@ -7,7 +7,8 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from helpers.models import batch, build, tokenizer
+from helpers.models import batch, build
+from helpers.sft import SFT, texts, tokenizer
 from neft_kernels import NEFTuneCallback, describe, patch_transformers, replace_embeddings
 
 
@@ -61,25 +62,15 @@ def test_label_smoothing_of_the_trainer_is_an_error(tmp_path):
 ARGUMENTS = {"max_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no", "bf16": False}
 
 
-SFT = {
-    "padded": {},
-    "packed": {"packing": True, "max_length": 16},
-    "padding-free": {"padding_free": True, "max_length": None},
-    "completion only": {"completion_only_loss": True},
-}
-
-
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("case", SFT)
 def test_sft_trainer(tmp_path, case, peft):
     """The metrics of TRL compare the logits with the labels of the batch that it gave."""
-    texts = [(f"w{n} w{n + 1}", "".join(f" w{n + k}" for k in range(2 + n % 4))) for n in range(24)]
-    data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in texts])
     rows = Rows()
     runner = trl.SFTTrainer(
         build("llama"),
         trl.SFTConfig(str(tmp_path), per_device_train_batch_size=3, logging_steps=1, **ARGUMENTS, **SFT[case]),
-        train_dataset=data,
+        train_dataset=texts(),
         processing_class=tokenizer(),
         callbacks=[NEFTuneCallback(symmetric=True, noise="sign"), rows],
         peft_config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM") if peft else None,
