@@ -18,7 +18,7 @@ from torch.nn import functional
 from helpers import architecture_batches, architecture_limits, architectures
 from helpers.noise_recorder import Outline, Recorder
 from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings
-from neft_kernels.models.passes import _CACHES
+from neft_kernels.models.batch import CACHES
 
 ALPHA = 5.0
 
@@ -78,7 +78,7 @@ def test_caches_have_known_names(model_type):
     """A model calls its caches what replace_embeddings knows to be a cache, so that the next renamed one is noticed here."""
     parameters = inspect.signature(architectures.model_class(model_type).forward).parameters.values()
     caches = {each.name for each in parameters if re.search(r"Cache\b", str(each.annotation))}
-    assert caches <= {*_CACHES, *architecture_limits.CACHES_OF_SOUND}
+    assert caches <= {*CACHES, *architecture_limits.CACHES_OF_SOUND}
 
 
 def test_refused(refused_type):

@@ -11,7 +11,7 @@ from transformers import generation
 from helpers.models import build
 from helpers.passes import IDS, MASK, model_of
 from neft_kernels import replace_embeddings
-from neft_kernels.models.passes import _CACHES
+from neft_kernels.models.batch import CACHES
 
 
 class TakesABatch(nn.Module):
@@ -28,7 +28,7 @@ def test_a_cache_is_seen_below_a_module_that_is_given_a_batch():
     assert not torch.equal(model({"input_ids": IDS}), plain)
 
 
-@pytest.mark.parametrize("name", _CACHES)
+@pytest.mark.parametrize("name", CACHES)
 def test_a_cache_is_known_by_its_name(name):
     """Whatever its class; and a switch by that name is none."""
     model = model_of(TakesABatch)
@@ -56,7 +56,7 @@ def test_caches_have_the_names_that_transformers_gives_them():
     """So that the next one to be renamed is noticed here; test_architectures looks at what the models call theirs."""
     in_generation = {*generation.utils.ALL_CACHE_NAMES} - {"mems", "state"}  # models are given those in training too
     not_placed = {*(transformers.PreTrainedModel._skip_keys_device_placement or ())}
-    assert in_generation | not_placed <= {*_CACHES}
+    assert in_generation | not_placed <= {*CACHES}
 
 
 class MakesACache(nn.Module):

@@ -2,41 +2,19 @@
 
 import pytest
 import torch
-import transformers
 import trl
-from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from helpers.models import D, llama
+from helpers.sft import SFT, texts, tokenizer
 from helpers.trainer import Look
 from neft_kernels import NEFTuneCallback, describe
-
-
-def tokenizer():
-    words = [f"w{number}" for number in range(46)]
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    built = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    built.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-SFT = {
-    "padded": {},
-    "packed": {"packing": True, "max_length": 16},
-    "padding-free": {"padding_free": True, "max_length": None},
-    "completion only": {"completion_only_loss": True},
-}
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("case", SFT)
 def test_sft_trainer(tmp_path, case, peft):
     """TRL's collators: each sequence is scaled by its own length, however the batch is laid out."""
-    texts = [(f"w{n} w{n + 1}", "".join(f" w{n + k}" for k in range(2 + n % 4))) for n in range(24)]
-    data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in texts])
     config = trl.SFTConfig(
         str(tmp_path),
         max_steps=3,
@@ -51,7 +29,7 @@ def test_sft_trainer(tmp_path, case, peft):
     runner = trl.SFTTrainer(
         network,
         config,
-        train_dataset=data,
+        train_dataset=texts(),
         processing_class=tokenizer(),
         callbacks=[NEFTuneCallback(5.0), look],
         peft_config=LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM") if peft else None,

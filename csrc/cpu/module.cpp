@@ -37,4 +37,4 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C_cpu", nullptr, -1, kMethods, n
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C_cpu() { return PyModule_Create(&kModule); }
+PyMODINIT_FUNC PyInit__C_cpu() { return neft::create_module(&kModule); }

@@ -60,10 +60,11 @@ class Offsets {
 class Noise {
  public:
   Noise(const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-        int64_t first_token, int64_t kind, int64_t num_tokens)
-      : kind_(static_cast<NoiseKind>(kind)), first_token_(first_token), stream_(static_cast<uint32_t>(stream)),
-        magnitude_(static_cast<float>(magnitude)) {
+        int64_t first_token, int64_t kind, bool symmetric, int64_t num_tokens)
+      : kind_(static_cast<NoiseKind>(kind)), first_token_(first_token), first_negated_(symmetric ? num_tokens / 2 : num_tokens),
+        stream_(static_cast<uint32_t>(stream)), magnitude_(static_cast<float>(magnitude)) {
     STD_TORCH_CHECK(0 <= kind && kind < kNoiseKinds, "noise must be in [0, ", kNoiseKinds, ")");
+    STD_TORCH_CHECK(!symmetric || num_tokens % 2 == 0, "symmetric noise needs an even number of tokens");
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
     seed_ = *static_cast<const int64_t*>(seed.const_data_ptr());
     if (token_magnitude) {
@@ -83,8 +84,10 @@ class Noise {
   NoiseKind kind() const { return kind_; }
 
   RowNoise of(int64_t token) const {
-    const auto number = static_cast<int64_t>(static_cast<uint64_t>(first_token_) + static_cast<uint64_t>(token));
-    return {seed_, number, stream_, magnitude_of(token)};
+    const bool negated = token >= first_negated_;
+    const auto index = static_cast<uint64_t>(negated ? token - first_negated_ : token);
+    const auto number = static_cast<int64_t>(static_cast<uint64_t>(first_token_) + index);
+    return {seed_, number, stream_, negated ? -magnitude_of(token) : magnitude_of(token)};
   }
 
  private:
@@ -93,7 +96,7 @@ class Noise {
   }
 
   NoiseKind kind_;
-  int64_t seed_, first_token_;
+  int64_t seed_, first_token_, first_negated_;
   uint32_t stream_;
   float magnitude_;
   const float* token_magnitudes_ = nullptr;

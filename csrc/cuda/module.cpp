@@ -22,4 +22,4 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, kMethods, 
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&kModule); }
+PyMODINIT_FUNC PyInit__C_cuda() { return neft::create_module(&kModule); }

@@ -39,6 +39,7 @@ struct Rows {
   float magnitude;
   uint32_t stream;
   int64_t first_token;
+  int64_t first_negated;  // the token from which on they get the noise of the first tokens, negated; num_tokens: none
 
   uint32_t num_blocks = 0;  // of columns, in a row; set by plan_launch()
 };
@@ -123,10 +124,12 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
   if (place.token >= rows.num_tokens) return;
 
   const Key key = make_key(rows.seed ? *rows.seed : rows.seed_value);
-  const int64_t token = rows.first_token + place.token, row = rows.row_of(place.token);
+  const bool negated = place.token >= rows.first_negated;
+  const int64_t token = rows.first_token + place.token - (negated ? rows.first_negated : 0);
+  const int64_t row = rows.row_of(place.token);
   const bool is_row = !RowOf::kMayBeNone || row >= 0;
   const float token_magnitude = rows.token_magnitude ? rows.token_magnitude[place.token] : rows.magnitude;
-  const float magnitude = is_row ? token_magnitude : 0;
+  const float magnitude = !is_row ? 0 : negated ? -token_magnitude : token_magnitude;
   const Bits* in_row = static_cast<const Bits*>(rows.in) + row * rows.row_stride;
   Bits* out_row = static_cast<Bits*>(rows.out) + place.token * rows.num_columns;
   const int64_t stride = kAligned ? 1 : rows.column_stride;

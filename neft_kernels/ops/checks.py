@@ -27,6 +27,17 @@ def check_noise(noise: str) -> int:
     return NOISES.index(noise)
 
 
+def check_symmetric(symmetric: bool, tokens_shape: torch.Size, name: str) -> None:
+    """The tokens, which argument `name` has in `tokens_shape`, are two halves if `symmetric` is True."""
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be True or False, not {type(symmetric).__name__}")
+    if symmetric and tokens_shape.numel() % 2:
+        raise ValueError(
+            f"symmetric=True needs an even number of tokens, a half with noise and a half with its negative, but {name} has "
+            f"{tokens_shape.numel()}; give each example twice, such as torch.cat(({name}, {name}))"
+        )
+
+
 def check_alpha(alpha: float) -> None:
     """`alpha` is a finite number >= 0."""
     check_number("alpha", alpha)

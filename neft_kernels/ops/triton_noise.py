@@ -149,6 +149,7 @@ def noisy_rows_kernel(
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
     NOISE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,  # the second half of the tokens gets the noise of the first half, negated
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
@@ -178,13 +179,18 @@ def noisy_rows_kernel(
         valid = row.to(tl.uint64) < num_rows.to(tl.uint64)
         row = tl.where(valid, row, 0)
         m = tl.where(valid, m, float("nan"))
+    number = first_token + tokens
+    if SYMMETRIC:
+        half = num_tokens // 2
+        number = tl.where(tokens < half, number, number - half)
+        m = tl.where(tokens < half, m, -m)
     m = m[:, None]
 
     source = (rows + row * row_stride + first_column * column_stride)[:, None]
     w = tl.load(source + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
     given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
-    noise = _noise(first_token + tokens, vectors, seed, stream, dtype, NOISE)
+    noise = _noise(number, vectors, seed, stream, dtype, NOISE)
     wide = _widen(w)
     noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), dtype)
 
@@ -224,6 +230,7 @@ def _noisy_rows(
     stream: int,
     first_token: int,
     noise: int,
+    symmetric: bool,
 ) -> Tensor:
     num_rows, embedding_dim = rows.shape
     num_tokens = num_rows if input_ids is None else input_ids.numel()
@@ -254,7 +261,7 @@ def _noisy_rows(
         *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
-    constants = (unit, column_stride == 1, rows_of_tile, vectors, noise)
+    constants = (unit, column_stride == 1, rows_of_tile, vectors, noise, symmetric)
     launch_kernel(
         noisy_rows_kernel,
         tile_grid(num_tokens, rows_of_tile, column_tiles),
@@ -276,10 +283,11 @@ def noisy_embedding(
     stream: int,
     first_token: int,
     noise: int = UNIFORM,
+    symmetric: bool = False,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token, noise)
+    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
 
 
 def add_noise(
@@ -290,10 +298,11 @@ def add_noise(
     stream: int,
     first_token: int,
     noise: int = UNIFORM,
+    symmetric: bool = False,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.add_noise`."""
     out = embeds.new_empty(embeds.shape)
     if out.numel() == 0:
         return out
     rows = embeds.reshape(-1, embeds.shape[-1])
-    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token, noise)
+    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
