@@ -2,6 +2,7 @@
 missing or old says."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -203,12 +204,37 @@ def test_any_other_value_of_the_switch_is_an_error(modules_built):
         modules_built("banana")
 
 
-def test_an_extension_of_an_older_version_is_not_used(monkeypatch):
-    from types import ModuleType
+@pytest.mark.parametrize("interface", [None, -1, 10**6])
+def test_an_extension_of_another_version_is_not_used(monkeypatch, interface):
+    from types import SimpleNamespace
 
     from neft_kernels.ops import native
 
-    monkeypatch.setattr(native.importlib, "import_module", lambda *_: ModuleType("_C_cpu"))
+    extension = SimpleNamespace(register_kernels=lambda _: pytest.fail("its kernels have other signatures"))
+    if interface is not None:
+        extension.INTERFACE = interface
+    monkeypatch.setattr(native.importlib, "import_module", lambda *_: extension)
     module, why = native.load.__wrapped__("cpu")
     assert module is None
     assert "build it again" in why
+
+
+def test_the_number_of_the_interface_changes_with_the_schemas():
+    """An extension that was built for other schemas must not be used. If this fails, raise both numbers, then change this."""
+    from neft_kernels.ops import native, registration
+
+    in_cpp = re.search(r"kInterface = (\d+);", (REPOSITORY / "csrc" / "registration.h").read_text())
+    noise = "Tensor seed, Tensor? token_magnitude, float magnitude, int stream, SymInt first_token"
+    kind = "int noise=0, bool symmetric=False"
+    gradient = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
+    assert (native.INTERFACE, int(in_cpp[1]), registration._SCHEMAS) == (
+        1,
+        1,
+        {
+            "noisy_embedding": f"(Tensor input_ids, Tensor weight, {noise}, {gradient}, {kind}) -> Tensor",
+            "add_noise": f"(Tensor embeds, {noise}, {kind}) -> Tensor",
+            "token_magnitude": "(Tensor? attention_mask, Tensor? position_ids, float alpha, int embedding_dim) -> Tensor",
+            "embedding_grad": "(Tensor grad, Tensor input_ids, SymInt num_embeddings, int padding_idx, "
+            "bool scale_grad_by_freq) -> Tensor",
+        },
+    )
