@@ -24,6 +24,8 @@ __all__ = ["BatchDoubler", "Doubling"]
 LABELS = ("labels", "shift_labels", "start_positions")
 #: The number of tokens by which a sum over the tokens is divided.
 NUMBER_OF_ITEMS = "num_items_in_batch"
+#: The output that TRL's SFTTrainer sums up for its loss.
+LOG_PROBS = "log_probs"
 #: These are about columns, layers or heads, whatever their shape.
 NOT_OF_BATCH = ("cache_position", "logits_to_keep", "head_mask", "decoder_head_mask", "cross_attn_head_mask")
 
@@ -63,27 +65,33 @@ class Doubling:
     def output(self, output: Output) -> Output:
         """What the model returned, with the first half of all tensors that are of the doubled batch.
 
-        The loss is about both halves. A loss of what is left would be about one, so its gradient raises a RuntimeError.
+        The loss is about both halves. A loss of what is left would be about one, so its gradient raises a RuntimeError. Only
+        the log-probabilities that TRL takes the loss from are the mean over both.
         """
         if isinstance(output, Tensor):
             return self._output(output)
         if isinstance(output, Mapping):
             for name, value in output.items():
-                output[name] = self.output(value)  # type: ignore[index]
+                output[name] = self._output(value, True) if name == LOG_PROBS else self.output(value)  # type: ignore[index]
             return output
         if isinstance(output, (tuple, list)):
             values = [self.output(value) for value in output]
             return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
         return output
 
-    def _output(self, values: Tensor) -> Any:
-        dim = self.dim if self.dim == 0 else 1
-        if values.ndim <= dim or values.shape[dim] != 2 * self.half or (dim == 1 and values.shape[0] != 1):
+    def _output(self, values: Any, is_mean: bool = False) -> Any:
+        rows = self.dim == 0
+        if values.ndim <= 1 - rows or (not rows and values.shape[0] != 1):
             return values
-        first = values.narrow(dim, 0, self.half)
-        if first.requires_grad and not torch.compiler.is_compiling():
-            first.register_hook(_refuse_gradient)
-        return first
+        # The last token of a row has no successor, so log-probabilities may be of one token less.
+        length, of_both = values.shape[0 if rows else 1], 2 * self.half
+        if length != of_both and (rows or length != of_both - 1):
+            return values
+        first, second = (values.narrow(0 if rows else 1, begin, length - self.half) for begin in (0, self.half))
+        result = (first + second) / 2 if is_mean else first
+        if result.requires_grad and not torch.compiler.is_compiling():
+            result.register_hook(_check_even_gradient if is_mean else _refuse_gradient)
+        return result
 
 
 def _refuse_gradient(gradient: Tensor) -> NoReturn:
@@ -91,6 +99,12 @@ def _refuse_gradient(gradient: Tensor) -> NoReturn:
         "symmetric=True returns the outputs of half of the doubled batch, and a loss was computed from them; use the loss "
         "that the model returns, or replace_embeddings(model, ..., symmetric=False)"
     )
+
+
+def _check_even_gradient(gradient: Tensor) -> None:
+    """The mean over both halves gives the loss over both only if the loss is a multiple of the sum. Waits for the device."""
+    if not (gradient == gradient.flatten()[:1]).all():
+        _refuse_gradient(gradient)
 
 
 class BatchDoubler:
