@@ -133,7 +133,7 @@ def is_cache(name: str, value: Any) -> bool:
 
 def _note_without_lengths(ids: Tensor, options: "NoiseOptions") -> str:
     """The note on a batch that says nothing about the lengths of its sequences."""
-    if options.scale_by == "batch" or ids.ndim == 1 or torch.compiler.is_compiling() or ids.shape[:-1].numel() <= 1:
+    if options.scale_by == "batch" or torch.compiler.is_compiling() or ids.numel() == ids.shape[-1]:
         return ""
     return f"no mask or positions were given, so each row of {list(ids.shape)} ids counts in full length"
 
