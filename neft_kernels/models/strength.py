@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 __all__ = [
     "BOUND",
     "RELATIVE_STRENGTH",
-    "LookUp",
+    "CleanEmbeddings",
     "described_kind",
     "described_ratio",
     "measured_rms",
     "readable_table",
     "rms_of_noise",
-    "root",
+    "root_mean_square",
 ]
 
 #: What the magnitude of a token is to its noise, for people.
@@ -39,7 +39,7 @@ TOKENS, ELEMENTS = 1024, 1 << 22
 
 
 @dataclass(frozen=True)
-class LookUp:
+class CleanEmbeddings:
     """The embeddings that a pass looks up, without their noise."""
 
     ids: Tensor  # [..., l]
@@ -90,7 +90,7 @@ def measured_rms(
     device.
 
     Args:
-        ids, table, output: as in :class:`LookUp`.
+        ids, table, output: as in :class:`CleanEmbeddings`.
         magnitude: of each token.
         groups: the names of the process groups over which the table or the sequences are sharded. Their ranks get the same
             number.
@@ -111,10 +111,10 @@ def measured_rms(
     if output is None:
         assert table is not None
         return _rms_of_table(table)
-    of_output = root(sum_over(groups, LookUp(ids, table, output).squares(magnitude)))
+    of_output = root_mean_square(sum_over(groups, CleanEmbeddings(ids, table, output).squares(magnitude)))
     if table is None:
         return of_output
-    of_rows = root(sum_over(groups, LookUp(ids, table).squares(magnitude)))
+    of_rows = root_mean_square(sum_over(groups, CleanEmbeddings(ids, table).squares(magnitude)))
     return _rms_of_table(table) * of_output / of_rows if of_rows else 0.0
 
 
@@ -171,7 +171,7 @@ def _rms_of_table(table: Tensor) -> float:
     return math.sqrt(torch.stack(squares).sum().item() / table.numel())
 
 
-def root(squares: Tensor) -> float:
-    """The root mean square that :meth:`LookUp.squares` tells. 0.0 if no token has noise. Waits for the device."""
+def root_mean_square(squares: Tensor) -> float:
+    """The root mean square that :meth:`CleanEmbeddings.squares` tells. 0.0 if no token has noise. Waits for the device."""
     total, count = squares.tolist()
     return math.sqrt(total / count) if count else 0.0
