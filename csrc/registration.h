@@ -2,7 +2,6 @@
 // copy registers the kernels in a namespace of its own. torch's macro STABLE_TORCH_LIBRARY_IMPL fixes the namespace at
 // compile time, and two copies in one process would then register the same kernels twice.
 #pragma once
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 namespace neft {
@@ -34,14 +33,5 @@ class Registration {
   Kernel kernel_;
   const Registration* next_;
 };
-
-// Counts the changes of the kernels' signatures. neft_kernels/ops/native.py uses only extensions of its own number.
-constexpr long kInterface = 1;
-
-inline PyObject* create_module(PyModuleDef* definition) {
-  PyObject* module = PyModule_Create(definition);
-  if (module != nullptr && PyModule_AddIntConstant(module, "INTERFACE", kInterface) != 0) Py_CLEAR(module);
-  return module;
-}
 
 }  // namespace neft

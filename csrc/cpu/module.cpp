@@ -1,6 +1,7 @@
 // The Python module of the CPU kernels. Its functions register them, and tell and limit the instruction set that they use.
 #include <Python.h>
 
+#include "../module.h"
 #include "../registration.h"
 #include "rows.h"
 

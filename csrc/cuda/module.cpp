@@ -1,6 +1,7 @@
 // The Python module of the CUDA kernels. Its function registers them.
 #include <Python.h>
 
+#include "../module.h"
 #include "../registration.h"
 
 namespace {

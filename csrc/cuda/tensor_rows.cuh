@@ -34,7 +34,7 @@ class Noise {
         int64_t stream, int64_t first_token, int64_t kind, bool symmetric, int64_t num_tokens)
       : kind_(static_cast<NoiseKind>(kind)), seed_(seed), magnitude_(static_cast<float>(magnitude)),
         stream_(static_cast<uint32_t>(stream)), first_token_(first_token),
-        first_negated_(symmetric ? num_tokens / 2 : num_tokens) {
+        half_(symmetric ? num_tokens / 2 : 0) {
     STD_TORCH_CHECK(0 <= kind && kind < kNoiseKinds, "noise must be in [0, ", kNoiseKinds, ")");
     STD_TORCH_CHECK(!symmetric || num_tokens % 2 == 0, "symmetric noise needs an even number of tokens");
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
@@ -61,7 +61,7 @@ class Noise {
     rows.magnitude = magnitude_;
     rows.stream = stream_;
     rows.first_token = first_token_;
-    rows.first_negated = first_negated_;
+    rows.half = half_;
   }
 
  private:
@@ -71,7 +71,7 @@ class Noise {
   std::optional<Tensor> token_magnitude_;
   float magnitude_;
   uint32_t stream_;
-  int64_t first_token_, first_negated_;
+  int64_t first_token_, half_;
 };
 
 template <class Element, NoiseKind kind, bool kAligned, class RowOf>

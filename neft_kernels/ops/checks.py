@@ -34,12 +34,12 @@ def check_noise(noise: str) -> int:
 
 
 def check_symmetric(symmetric: bool, tokens_shape: torch.Size, name: str) -> None:
-    """The tokens, which argument `name` has in `tokens_shape`, are two halves if `symmetric` is True."""
+    """If `symmetric` is True, the tokens are two halves. `name` is the argument whose tokens have `tokens_shape`."""
     check_bool("symmetric", symmetric)
-    if symmetric and tokens_shape.numel() % 2:
+    if symmetric and math.prod(tokens_shape) % 2:
         raise ValueError(
-            f"symmetric=True needs an even number of tokens, a half with noise and a half with its negative, but {name} has "
-            f"{tokens_shape.numel()}; give each example twice, such as torch.cat(({name}, {name}))"
+            f"symmetric=True needs an even number of tokens, half of them with the negative noise of the others, but {name} "
+            f"has {math.prod(tokens_shape)} tokens; give each example twice, such as torch.cat(({name}, {name}))"
         )
 
 

@@ -72,7 +72,7 @@ def _gaussian(u):
 
 @triton.jit
 def _noise(tokens, vectors, seed, stream, dtype: tl.constexpr, KIND: tl.constexpr):
-    # [R], [V] -> [R, V * columns of a vector]
+    # [T], [V] -> [T, V * columns of a vector]
     # The counter's words broadcast against each other, so what depends on the token alone is computed once a token.
     token, vector = tokens[:, None], vectors[None, :]
     block = vector // 2 if dtype == tl.float64 else vector
@@ -126,6 +126,34 @@ def _round_to(value, dtype: tl.constexpr):
     return rounded
 
 
+@triton.jit
+def _source_row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows):
+    # Of each token, [T].
+    if token_magnitude is None:
+        m = tl.full(tokens.shape, magnitude, tl.float32)
+    else:
+        m = tl.load(token_magnitude + tokens, mask=is_token, other=0.0)
+    if input_ids is None:
+        source_row = tokens
+    else:
+        # An id that is out of range reads row 0 and makes it NaN.
+        source_row = tl.load(input_ids + tokens, mask=is_token, other=0).to(tl.int64)
+        valid = source_row.to(tl.uint64) < num_rows.to(tl.uint64)
+        source_row = tl.where(valid, source_row, 0)
+        m = tl.where(valid, m, float("nan"))
+    return source_row, m
+
+
+@triton.jit
+def _store_noisy(target, w, m, noise, inside):
+    # Each row is stored once. Two stores cost less than a choice between their values, element by element.
+    m = m[:, None]
+    wide = _widen(w)
+    noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), w.dtype)
+    tl.store(target, noisy, mask=inside & (m != 0))
+    tl.store(target, w, mask=inside & (m == 0))
+
+
 # The kernel is not specialized on the values of numbers. Whatever changes the code is a constant. So a captured CUDA graph,
 # whose seeds are on the device, launches the kernel that was compiled for seeds that are given by value.
 @triton.jit(do_not_specialize=range(5, 15))
@@ -140,7 +168,7 @@ def noisy_rows_kernel(
     magnitude,
     stream,
     first_token,
-    num_tokens,
+    num_tokens,  # that the grid is for: all of them, or the first half if SYMMETRIC
     num_rows,
     embedding_dim,  # in units, as the stride of the rows
     row_stride,
@@ -150,7 +178,7 @@ def noisy_rows_kernel(
     TOKENS: tl.constexpr,
     VECTORS: tl.constexpr,
     KIND: tl.constexpr,  # of noise
-    SYMMETRIC: tl.constexpr,  # the second half of the tokens gets the noise of the first half, negated
+    SYMMETRIC: tl.constexpr,  # a program also writes the same tokens of the second half, with the noise negated
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
@@ -168,37 +196,26 @@ def noisy_rows_kernel(
     is_token = tokens < num_tokens
     inside = is_token[:, None] & (columns < tl.minimum(embedding_dim - first_column, COLUMNS).to(tl.int32))[None, :]
 
-    if token_magnitude is None:
-        m = tl.full([TOKENS], magnitude, tl.float32)
-    else:
-        m = tl.load(token_magnitude + tokens, mask=is_token, other=0.0)
-    if input_ids is None:
-        source_row = tokens
-    else:
-        # An id that is out of range reads row 0 and makes it NaN.
-        source_row = tl.load(input_ids + tokens, mask=is_token, other=0).to(tl.int64)
-        valid = source_row.to(tl.uint64) < num_rows.to(tl.uint64)
-        source_row = tl.where(valid, source_row, 0)
-        m = tl.where(valid, m, float("nan"))
-    number = first_token + tokens
+    # What is loaded comes first, so that all of it is under way before the noise is drawn.
+    source_row, m = _source_row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows)
     if SYMMETRIC:
-        half = num_tokens // 2
-        number = tl.where(tokens < half, number, number - half)
-        m = tl.where(tokens < half, m, -m)
-    m = m[:, None]
+        others = tokens + num_tokens
+        other_source_row, other_m = _source_row_and_magnitude(
+            input_ids, token_magnitude, magnitude, others, is_token, num_rows
+        )
+    source += first_column * column_stride
+    offsets = columns.to(tl.int64)[None, :] * column_stride
+    w = tl.load((source + source_row * row_stride)[:, None] + offsets, mask=inside)
+    if SYMMETRIC:
+        other_w = tl.load((source + other_source_row * row_stride)[:, None] + offsets, mask=inside)
 
-    row_begin = (source + source_row * row_stride + first_column * column_stride)[:, None]
-    w = tl.load(row_begin + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
     given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
-    noise = _noise(number, vectors, seed, stream, dtype, KIND)
-    wide = _widen(w)
-    noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), dtype)
-
-    # Each row is stored once. Two stores cost less than a choice between their values, element by element.
-    target = (out + tokens * embedding_dim + first_column)[:, None] + columns[None, :]
-    tl.store(target, noisy, mask=inside & (m != 0))
-    tl.store(target, w, mask=inside & (m == 0))
+    noise = _noise(first_token + tokens, vectors, seed, stream, dtype, KIND)
+    out += first_column
+    _store_noisy((out + tokens * embedding_dim)[:, None] + columns[None, :], w, m, noise, inside)
+    if SYMMETRIC:
+        _store_noisy((out + others * embedding_dim)[:, None] + columns[None, :], other_w, -other_m, noise, inside)
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,6 +275,8 @@ def _noisy_rows(
     )
     unit = columns_of_vector if is_aligned else 1
     tokens_of_tile, vectors, num_warps, column_tiles = _tile(embedding_dim, source.element_size())
+    if symmetric:  # a thread has two vectors of either half
+        num_tokens, num_warps = num_tokens // 2, num_warps * 2
     numbers = (
         *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
