@@ -89,7 +89,7 @@ def in_backward() -> bool:
 
 
 def rng_state_of(device: torch.device) -> Hashable:
-    """What tells states of the default generator of `device` apart. The host does not wait for it. None: it cannot be read."""
+    """A value that differs between states of the default generator of `device`. None if it cannot be read without waiting."""
     if torch.compiler.is_compiling():
         return None
     if device.type == "cpu":

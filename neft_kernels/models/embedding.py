@@ -128,7 +128,7 @@ class NoiseHook:
 
     def __init__(self, noise: EmbeddingNoise) -> None:
         self.noise = noise
-        #: By thread, what the call under way tells: the groups over which the table is sharded, and the sequences.
+        #: Of the call under way in each thread: the groups over which the table is sharded, and the arguments about sequences.
         self._calls: dict[int, tuple[Sequence[Any], dict[str, Tensor | None]]] = {}
 
     def attach(self, module: nn.Module) -> None:
@@ -137,9 +137,9 @@ class NoiseHook:
         module.register_forward_hook(self.after, with_kwargs=True)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Takes the arguments about sequences, as :meth:`NEFTuneEmbedding.forward` has them, which `module` does not know.
+        """Takes away the arguments about sequences that :meth:`NEFTuneEmbedding.forward` has, if `module` does not know them.
 
-        Notes over which ranks the table is sharded. After the forward FSDP may have sharded it over its own ranks again.
+        Also keeps the groups over which the table is sharded: after the forward, FSDP may have sharded it over its own again.
         """
         sequences = {name: value for name, value in kwargs.items() if name in SEQUENCES}
         if sequences and SEQUENCES.intersection(parameters_of_forward(module)):

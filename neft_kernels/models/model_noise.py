@@ -17,7 +17,7 @@ class ReachedEmbeddings:
     """Whether the model's forward passes in training reach a noisy embedding at all."""
 
     def __init__(self) -> None:
-        self.missed = False  # of the last pass that had to reach one
+        self.missed = False  # the last pass that had to reach one did not
         self._reached, self._reached_in_graph = 0, False  # a compiled graph cannot count
         self._before: dict[int, int | None] = {}  # by thread: `_reached` when a pass began that must reach one
 

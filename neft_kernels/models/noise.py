@@ -57,8 +57,8 @@ class EmbeddingNoise:
         self.last_device: str | None = None  # its device type, such as "cuda"
         #: The root mean square of the embeddings: for scale_by="rms", measured in the first pass with noise.
         self.rms: float | None = None
-        #: That of a batch, as :meth:`CleanEmbeddings.squares` has it, and whether the next batch is to be measured: the first,
-        #: and those after ``describe``.
+        #: What :meth:`CleanEmbeddings.squares` measured in a batch, and whether it measures the next one: the first batch, and
+        #: the one after each ``describe``.
         self._squares: Tensor | None = None
         self.measures_next = True
         #: Whether the last eager pass used the fused op. None before the first. FSDP shards the table between passes only.
