@@ -166,6 +166,7 @@ plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/,
 	$(BIN)/python -m experiments.randomness.report
 	$(BIN)/python -m experiments.effect.report
 	$(BIN)/python -m experiments.effect.report_pretrained
+	$(BIN)/python -m experiments.effect.report_sign
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
