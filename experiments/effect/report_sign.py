@@ -44,7 +44,7 @@ def section(results: Results, preset: str) -> str:
     shown = [name for name, effect in comparisons(results, PRIMARY) if effect.is_shown]
     of_loss = f"it differs for {'; '.join(shown)}" if shown else "no difference between the kinds of noise is shown"
     commits = ", ".join(sorted({record["commit"] for record in results.runs.values()}))
-    (device,) = {record["device"] for record in results.runs.values()}
+    device = " and ".join(sorted({record["device"] for record in results.runs.values()}))
     return "\n".join(
         [
             f"{seeds_of(results, preset)} for each condition: {', '.join(map(title, noises))}. The number is the alpha of the "
