@@ -16,12 +16,25 @@ REPOSITORY = Path(__file__).parent.parent
 RUN = (sys.executable, "-m", "neft_kernels", "run")
 VARIABLES = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
-CHOSEN = ["--scale-by", "batch", "--noise-on", "prompt", "--noise", "sign", "--stream", "3", "--backend", "reference"]
+CHOSEN = [
+    "--scale-by",
+    "batch",
+    "--noise-on",
+    "prompt",
+    "--noise",
+    "sign",
+    "--symmetric",
+    "--stream",
+    "3",
+    "--backend",
+    "reference",
+]
 CHOSEN += ["--under-no-grad"]
 OPTIONS = {
     "scale_by": "batch",
     "noise_on": "prompt",
     "noise": "sign",
+    "symmetric": True,
     "stream": 3,
     "backend": "reference",
     "under_no_grad": True,
