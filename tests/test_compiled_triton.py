@@ -56,9 +56,8 @@ def test_no_byte_is_moved_in_vain(dtype, width):
 @pytest.mark.parametrize("width", [768, 4096, 5120])
 def test_symmetric_noise_draws_once_and_moves_no_byte_in_vain(dtype, width):
     """A thread has as many bytes as without it, half of them of either row, and draws half as often."""
-    rows, ids = table(20, width, dtype), torch.tensor([3, 19, 0, 3, 7, 3, 4, 0, 5, 7])
-    per_token = torch.tensor([0.5, 0.0, 0.1, 0.3, 1.0, 0.5, 0.0, 0.0, 0.3, 1.0])
-    out_bytes, multiplications = 10 * width * dtype.itemsize, []
+    rows, ids, per_token = table(20, width, dtype), torch.arange(32) % 20, torch.arange(32) % 5 / 4.0
+    out_bytes, multiplications = len(ids) * width * dtype.itemsize, []
     for symmetric in (False, True):
         triton_noise.noisy_embedding(ids, rows, SEED, per_token, 0.0, 0, 0, reference.UNIFORM, symmetric)
         launch = gpu.launches[-1]
