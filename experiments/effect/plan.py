@@ -6,8 +6,10 @@ from typing import Any
 #: How the documents of an update are laid out: a padded row each, or all in one row, with positions that start anew.
 PADDED, PACKED = "padded", "packed"
 #: Who adds the noise: neft_kernels, with alpha as in the paper or as a share of the embeddings' size, or the forward hook of
-#: transformers, which scales by the length of the row.
+#: transformers, which scales by the length of the row; or neft_kernels with sign noise, without and with each pair's negative,
+#: where alpha is that of the uniform noise that has the same root mean square.
 OURS, RMS, HOOK = "neft_kernels", "neft_kernels, scale_by=rms", "transformers hook"
+SIGN, SIGN_SYMMETRIC = "neft_kernels, noise=sign", "neft_kernels, noise=sign, symmetric"
 
 #: The stages of records about what the runs start from: a Llama that was pretrained here, a model as it comes.
 STARTS = ("pretraining", "untouched")
@@ -190,6 +192,17 @@ SMOLLM2 = Preset(
     seeds=(0, 1, 2),
 )
 
+#: The same in everything that its runs share, those without and with uniform noise among them.
+SMOLLM2_SIGN = replace(
+    SMOLLM2,
+    name="smollm2-sign",
+    conditions=(
+        Condition(PACKED, OURS, (0, 5, 15)),
+        Condition(PACKED, SIGN, (5, 15)),
+        Condition(PACKED, SIGN_SYMMETRIC, (5, 15)),
+    ),
+)
+
 #: All of Alpaca, with the epochs, the batch and the learning rate of the paper.
 SMOLLM2_GPU = replace(
     SMOLLM2,
@@ -235,4 +248,4 @@ TINY = replace(
     seeds=(0, 1),
 )
 
-PRESETS = {preset.name: preset for preset in (SMALL, WEAKER, GPU, SMOLLM2, SMOLLM2_GPU, TINY)}
+PRESETS = {preset.name: preset for preset in (SMALL, WEAKER, GPU, SMOLLM2, SMOLLM2_SIGN, SMOLLM2_GPU, TINY)}

@@ -3,6 +3,7 @@
     make effect                                          # or: python -m experiments.effect.run --preset small
     python -m experiments.effect.run --preset gpu        # a larger model and more seeds, on one GPU
     python -m experiments.effect.run --preset smollm2 --data alpaca_en_demo.json   # a pretrained model, real instructions
+    python -m experiments.effect.run --preset smollm2-sign --data alpaca_en_demo.json    # sign noise, symmetric noise
     python -m experiments.effect.run --preset smollm2-gpu                          # a larger one, all of Alpaca, on one GPU
 
 Everything below was fixed before the first run with noise of each experiment. A run that is in the records with the same
@@ -83,6 +84,29 @@ Decision rule
 Scope
     Sixteen updates, short answers, and a model that was instruction-tuned before. The paper tunes base models of 7
     billion parameters on 52,000 pairs; the preset smollm2-gpu is nearer to that.
+
+THIRD EXPERIMENT: sign noise and symmetric noise (preset smollm2-sign)
+
+    Written after the outcomes of the second experiment were known, and before any run with sign noise.
+
+Setting and outcomes
+    Those of smollm2. Its runs at alpha 0, 5 and 15 are used again.
+
+Conditions
+    sign                noise="sign", +-m instead of uniform in (-m, m)
+    sign, symmetric     the same with symmetric=True, as SymNoise (arXiv 2312.01523): each update sees every pair twice, with
+                        the noise and with its negative, and the loss is the mean over both
+    Both at alpha / sqrt(3) for alpha 5 and 15, so that the root mean square of the noise is that of uniform noise at alpha 5
+    and 15. At equal alphas sign noise is sqrt(3) times stronger. With symmetric=True an update costs twice the computation;
+    the number of updates is the same.
+
+Hypotheses
+    None. The paper reports win rates of answers, which are not measured here; no direction is assumed.
+
+Decision rule
+    Compared: sign with uniform, symmetric with uniform, and symmetric with sign, each at both strengths, paired by seed. The
+    held-out loss differs where the two-sided paired t-test, corrected by Holm over these six, has p < 0.05. Every condition is
+    also compared with alpha 0, corrected over the six conditions. Secondary outcomes and what three seeds can show: as above.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Pretraining, one fine-tuning run with the Trainer, and what is measured of its model, always without noise."""
 
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,9 +31,16 @@ from transformers import (
 
 from experiments.effect.data import Example, Prepared
 from experiments.effect.measures import repeated_share, rouge_l, seen_share
-from experiments.effect.plan import HOOK, OURS, PACKED, RMS, FromScratch, Preset, Run, Tuning
+from experiments.effect.plan import HOOK, OURS, PACKED, RMS, SIGN, SIGN_SYMMETRIC, FromScratch, Preset, Run, Tuning
 from neft_kernels import describe, replace_embeddings
 
+#: Of replace_embeddings(), by who adds the noise.
+OPTIONS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    RMS: {"scale_by": "rms"},
+    SIGN: {"noise": "sign"},
+    SIGN_SYMMETRIC: {"noise": "sign", "symmetric": True},
+}
 PRETRAINING_SEED = 0
 HELD_OUT_BLOCKS = 32  # of the source, at most
 EVALUATION_ROWS = 32
@@ -92,10 +100,10 @@ def fine_tune(preset: Preset, run: Run, prepared: Prepared, folder: Path) -> dic
     training = random.Random(run.seed).sample(prepared.train, count)
     tokenizer = AutoTokenizer.from_pretrained(prepared.folder)
     model = AutoModelForCausalLM.from_pretrained(prepared.model, dtype=torch.float32)
-    if run.noise_by == OURS:
-        replace_embeddings(model, alpha=float(run.alpha))
-    elif run.noise_by == RMS:
-        replace_embeddings(model, alpha=float(run.alpha), scale_by="rms")
+    if run.noise_by in OPTIONS:
+        options = OPTIONS[run.noise_by]
+        weaker = math.sqrt(3) if options.get("noise") == "sign" else 1.0  # at the same alpha sign noise is stronger
+        replace_embeddings(model, alpha=run.alpha / weaker, **options)
     probe = NoiseProbe()
     trainer = Trainer(
         model,

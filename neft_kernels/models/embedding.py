@@ -54,7 +54,8 @@ class NEFTuneEmbedding(nn.Embedding):
     ) -> None:
         if max_norm is not None:
             raise ValueError("max_norm is not supported: it rewrites the weight in forward")
-        known = NoiseOptions.__dataclass_fields__.keys() - {"argument_names"}  # its forward has names of its own
+        # Its forward has names of its own, and is not the model, whose batch is doubled.
+        known = NoiseOptions.__dataclass_fields__.keys() - {"argument_names", "symmetric"}
         options = {name: kwargs.pop(name) for name in known if name in kwargs}
         model = ModelNoise(NoiseOptions(**options), AlphaSchedule(alpha))
         super().__init__(num_embeddings, embedding_dim, padding_idx, None, *args, **kwargs)
@@ -75,22 +76,25 @@ class NEFTuneEmbedding(nn.Embedding):
             return plain()
         options = noise.shared.options
         part = None if options.sequence_group is None else sharding.part_of_rank(input, options)
+        weight = self.weight  # nn.Module looks it up in Python
         # Fused, each run of tokens would have a gradient of the size of the table.
-        is_fused = not is_wrapper(self.weight) and (part is None or part.is_one_run(input))
+        is_fused = not is_wrapper(weight) and (part is None or part.is_one_run(input))
         if not torch.compiler.is_compiling():
             noise.was_fused = is_fused
         if not is_fused:
             return self._forward_in_two_steps(noise, plain, input, sequences)
+        if not is_on(noise, self, input):
+            return plain()
         op = functools.partial(
             noisy_embedding,
             input,
-            self.weight,
+            weight,
             first_token=0 if part is None else part.pieces[0][0],
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return noise.add(op, LookUp(input, self.weight, part=part), sequences) if is_on(noise, self, input) else plain()
+        return noise.add(op, LookUp(input, weight, part=part), sequences)
 
     def _forward_in_two_steps(
         self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
