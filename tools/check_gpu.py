@@ -30,6 +30,7 @@ from neft_kernels.ops.reference import NOISES
 from tools.compiled_kernels import (
     MAIN_TARGETS,
     PAST_2_GIB,
+    SYMMETRIC,
     TARGETS,
     TURING,
     Kernel,
@@ -118,6 +119,11 @@ def check_triton(
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
+    for kind, name in enumerate(NOISES):
+        of_pairs = (seed, torch.zeros(64), 0.1, 0, 0, kind, True)
+        launches["noisy_embedding", f"{SYMMETRIC}{name}"] = partial(triton_noise.noisy_embedding, ids, rows, *of_pairs)
+        if name == NOISES[0]:
+            launches["add_noise", f"{SYMMETRIC}{name}"] = partial(triton_noise.add_noise, rows, *of_pairs)
     for kind, name in enumerate(NOISES[1:], start=1):
         of_kind = partial(triton_noise.noisy_embedding, noise=kind), partial(triton_noise.add_noise, noise=kind)
         noise = (seed, torch.zeros(64), 0.1, 0, 0)
@@ -139,9 +145,11 @@ def check_triton(
         if op not in ops:
             continue
         (code,) = machine_code(target_name, launch, options)
-        noise_kind = next((kind for kind in NOISES if variant.startswith(kind)), NOISES[0])
+        kind_of_noise = variant.removeprefix(SYMMETRIC)
+        noise_kind = next((kind for kind in NOISES if kind_of_noise.startswith(kind)), NOISES[0])
         name = f"{variant}, width {rows.shape[1]}"
-        kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind))
+        symmetric = variant.startswith(SYMMETRIC)
+        kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind, symmetric))
     return kernels
 
 
@@ -246,7 +254,7 @@ def main() -> None:
     print_table(kernels)
     for kernel in kernels:
         for complaint in complaints(kernel, options.max_registers, options.max_multiplies):
-            what = f"{kernel.noise} {kernel.dtype}"
+            what = f"{kernel.kind_of_noise} {kernel.dtype}"
             name = f"{kernel.source} {kernel.op} for {kernel.target}, {what} ({kernel.variant})"
             problems.append(f"{name} {complaint}")
     if not kernels:
