@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .backends import automatic_backend
 from .checks import broadcasts, check_alpha, check_choice, check_number
-from .registration import OVERLOADS
+from .registration import OVERLOADS, kernel_of
 
 __all__ = ["NOISE_ON", "SCALES", "noise_magnitude"]
 
@@ -110,12 +110,13 @@ def noise_magnitude(
                 alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens
             )
         else:
-            magnitude = kernel(
+            arguments = (
                 _as_contiguous_int64(attention_mask, input_ids.shape),
                 _as_contiguous_int64(position_ids, input_ids.shape),
                 alpha,
                 embedding_dim,
             )
+            magnitude = kernel_of(kernel, arguments)(*arguments)
     if noise_on == "all":
         return magnitude
     if labels is None:
