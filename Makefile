@@ -40,11 +40,11 @@ test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Trit
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
-EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py noise_kinds.py magnitude.py ops.py errors.py properties.py)
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py choice.py noise_kinds.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
-	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu" \
-		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_programs.py
+	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu or stand_in" \
+		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_programs.py tests/test_stand_in.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL) --all-architectures
@@ -116,14 +116,15 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # On a machine with a GPU, with the Python there that has torch, triton, transformers and pytest: nothing is downloaded, and
 # what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(ANY_PYTHON)
-GPU_TESTS := $(addprefix tests/test_,backends.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	rearrangement.py passes.py strength.py checkpointing.py huggingface.py cuda_sources.py gpu.py)
+GPU_TESTS := $(addprefix tests/test_,backends.py choice.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
+	rearrangement.py passes.py caches.py strength.py rms.py checkpointing.py huggingface.py lookups.py copies.py \
+	cuda_sources.py gpu.py)
 
 GPU_BUILD ?= 1
 
 test-gpu:  ## on a GPU: build both extensions in place (GPU_BUILD=0: they are there), then all tests that such a machine can run
 	$(if $(filter 1,$(GPU_BUILD)),NEFT_KERNELS_BUILD=1 $(GPU_PYTHON) setup.py -q build_ext --inplace)
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q -k "not peft and not trainer" $(GPU_PYTEST) $(GPU_TESTS)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(GPU_PYTEST) $(GPU_TESTS)
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --target-processes all --tool
 
@@ -165,6 +166,7 @@ plots: $(INSTALLED)  ## the tables, figures and pictures of README.md and docs/,
 	$(BIN)/python -m experiments.randomness.report
 	$(BIN)/python -m experiments.effect.report
 	$(BIN)/python -m experiments.effect.report_pretrained
+	$(BIN)/python -m experiments.effect.report_sign
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -104,8 +104,8 @@ def host_microseconds(call: Callable[[], Any]) -> float:
     return statistics.median(found)
 
 
-def replay(module: nn.Module, ids: Tensor, timer: Timer) -> dict[str, Any]:
-    """Milliseconds of a captured graph's replay; it must draw fresh noise each time."""
+def capture(module: nn.Module, ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of one call, and the output that its replays write."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -115,6 +115,12 @@ def replay(module: nn.Module, ids: Tensor, timer: Timer) -> dict[str, Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = module(ids)
+    return graph, out
+
+
+def replay(module: nn.Module, ids: Tensor, timer: Timer) -> dict[str, Any]:
+    """Milliseconds of a captured graph's replay; it must draw fresh noise each time."""
+    graph, out = capture(module, ids)
     graph.replay()
     first = out.detach().clone()
     graph.replay()

@@ -13,13 +13,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from helpers import architectures
+from helpers import architecture_batches, architecture_limits, architectures
+from helpers.noise_recorder import Outline, Recorder
 from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings
-from neft_kernels.models.passes import _CACHES
+from neft_kernels.models.batch import CACHES
 
 ALPHA = 5.0
 
@@ -50,7 +49,7 @@ def pytest_generate_tests(metafunc):
         found = architectures.model_types() if everything else SAMPLE
         metafunc.parametrize("model_type", found)
     if "refused_type" in metafunc.fixturenames:
-        found = list(architectures.REFUSED)
+        found = list(architecture_limits.REFUSED)
         metafunc.parametrize("refused_type", found if everything else found[::8])
 
 
@@ -58,7 +57,7 @@ def test_architecture(model_type, tmp_path):
     """One test for all that is asked of a model type, since building and running the models is what takes the time."""
     model = architectures.build(model_type)
     plain = copy.deepcopy(model)  # is never made noisy
-    batch = architectures.batch(model)
+    batch = architecture_batches.batch(model)
     evaluation, step = evaluate(model, batch), train_step(model, batch)
     was = Outline(model)  # only now, since models set up more in their first passes
 
@@ -79,7 +78,7 @@ def test_caches_have_known_names(model_type):
     """A model calls its caches what replace_embeddings knows to be a cache, so that the next renamed one is noticed here."""
     parameters = inspect.signature(architectures.model_class(model_type).forward).parameters.values()
     caches = {each.name for each in parameters if re.search(r"Cache\b", str(each.annotation))}
-    assert caches <= {*_CACHES, *architectures.CACHES_OF_SOUND}
+    assert caches <= {*CACHES, *architecture_limits.CACHES_OF_SOUND}
 
 
 def test_refused(refused_type):
@@ -93,10 +92,10 @@ def test_refused(refused_type):
 
 
 def test_lists_are_disjoint():
-    assert not set(architectures.REFUSED) & set(architectures.NOT_BUILT)
+    assert not set(architecture_limits.REFUSED) & set(architecture_limits.NOT_BUILT)
     assert not set(SAMPLE) & {
-        *architectures.REFUSED,
-        *architectures.NOT_BUILT,
+        *architecture_limits.REFUSED,
+        *architecture_limits.NOT_BUILT,
     }  # that each is there, the sample's tests see
 
 
@@ -159,7 +158,7 @@ def check_copies(model, batch, calls, evaluation, model_type):
     """Copies have the same noise with the same seed, and are independent of the original."""
     copiers = {"deepcopy": copy.deepcopy, "pickle": lambda each: pickle.loads(pickle.dumps(each))}
     for how, copier in copiers.items():
-        if model_type in architectures.CANNOT[how]:
+        if model_type in architecture_limits.CANNOT[how]:
             continue
         twin = copier(model)
         with Recorder(model) as original, Recorder(twin) as copied:
@@ -175,7 +174,7 @@ def check_copies(model, batch, calls, evaluation, model_type):
 
 def check_resized(model, plain, batch, calls, model_type):
     """A noisy model's embeddings can be resized: they stay noisy, and are otherwise those of a resized plain model."""
-    if model_type in architectures.CANNOT["deepcopy"] or model_type in architectures.CANNOT["resize"]:
+    if model_type in architecture_limits.CANNOT["deepcopy"] or model_type in architecture_limits.CANNOT["resize"]:
         return
     batch = {name: value for name, value in batch.items() if name != "labels"}
     noisy, resized = copy.deepcopy(model), copy.deepcopy(plain)
@@ -190,7 +189,7 @@ def check_resized(model, plain, batch, calls, model_type):
 
 def check_checkpointing(model, plain, batch, model_type):
     """Gradient checkpointing recomputes the same noise: same loss, same gradients."""
-    unable = {**architectures.CANNOT["deepcopy"], **architectures.CANNOT["checkpoint"]}
+    unable = {**architecture_limits.CANNOT["deepcopy"], **architecture_limits.CANNOT["checkpoint"]}
     if not model.supports_gradient_checkpointing or model_type in unable:
         return
     steps = []
@@ -216,7 +215,7 @@ def check_reloaded(model, folder, model_type):
     replace_embeddings(model).save_pretrained(folder)
     again = type(model).from_pretrained(folder)
     assert not describe(again)
-    if model_type in architectures.CANNOT["reload"]:
+    if model_type in architecture_limits.CANNOT["reload"]:
         return
     saved, loaded = model.state_dict(), again.state_dict()
     assert saved.keys() == loaded.keys()
@@ -246,7 +245,7 @@ def evaluate(model, batch):
     """The outputs in evaluation mode."""
     model.eval()
     with torch.no_grad():
-        return [tensor.clone() for tensor in architectures.floats(run(model, batch))]
+        return [tensor.clone() for tensor in architecture_batches.floats(run(model, batch))]
 
 
 def same(ours, theirs):
@@ -263,7 +262,7 @@ class Step(NamedTuple):
 def train_step(model, batch):
     """Loss and gradients of one training step."""
     model.train().zero_grad()
-    loss = architectures.loss(run(model, batch))
+    loss = architecture_batches.loss(run(model, batch))
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
@@ -275,101 +274,6 @@ def assert_same_step(ours, theirs):
     assert ours.gradients.keys() == theirs.gradients.keys()
     for name, gradient in ours.gradients.items():
         assert torch.equal(gradient, theirs.gradients[name]), name
-
-
-class Outline:
-    """What restore_embeddings() has to bring back, by the name of the module or parameter."""
-
-    def __init__(self, model):
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self.classes = {name: type(module) for name, module in modules.items()}
-        self.attributes = {name: set(vars(module)) for name, module in modules.items()}
-        self.hooks = {name: _count_hooks(module) for name, module in modules.items()}
-        self.parameters = {name: id(each) for name, each in model.named_parameters(remove_duplicate=False)}
-
-    def differences(self, other):
-        return [
-            (what, name, ours.get(name), theirs.get(name))
-            for what, ours, theirs in zip(vars(self), vars(self).values(), vars(other).values(), strict=True)
-            for name in {**ours, **theirs}
-            if ours.get(name) != theirs.get(name)
-        ]
-
-
-def _count_hooks(module):
-    return {
-        name: len(value) for name, value in vars(module).items() if name.endswith("_hooks") and isinstance(value, dict)
-    }
-
-
-class Call(NamedTuple):
-    """One call of a noisy embedding."""
-
-    name: str
-    ids: torch.Tensor
-    noise: torch.Tensor  # what it adds to the output
-    largest: float  # of the output without it
-
-
-class Recorder(TorchFunctionMode):
-    """Watches the noisy embeddings of a model, and all look-ups in the input embeddings that none of them does."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.inside = model, 0
-        self.calls, self.plain_look_ups = [], []
-        self.tables = {id(table) for module in input_embeddings(model) for table in module.parameters()}
-
-    def __enter__(self):
-        self.handles = []
-        for report in describe(self.model):
-            module = self.model.get_submodule(report.name)
-            self.handles += [
-                module.register_forward_pre_hook(self.entered, prepend=True),
-                module.register_forward_hook(self.left(report.name), with_kwargs=True),  # sees the noise of other hooks
-            ]
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
-        return super().__exit__(*error)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is functional.embedding:
-            given = inspect.signature(func).bind(*args, **(kwargs or {})).arguments
-            if id(given["weight"]) in self.tables and given["input"].ndim and not self.inside:
-                self.plain_look_ups.append(given["input"])
-        return func(*args, **(kwargs or {}))
-
-    def entered(self, module, args):
-        self.inside += 1
-
-    def left(self, name):
-        def hook(module, args, kwargs, output):
-            ids = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-            with no_noise(self.model), torch.no_grad():
-                clean = module.forward(*args, **kwargs)
-            noisy, clean = (each[0] if isinstance(each, tuple) else each for each in (output, clean))
-            self.calls.append(Call(name, ids.detach().clone(), noisy.detach() - clean, clean.abs().max().item()))
-            self.inside -= 1
-
-        return hook
-
-
-def input_embeddings(model):
-    """The modules that look up the ids a model is given: those of the encoder and the decoder, where it has both."""
-    try:
-        found = [model.get_input_embeddings()]
-    except NotImplementedError:  # of pictures and text: transformers' word for the latter is the decoder
-        found = [model.get_decoder().get_input_embeddings()]
-    if model.config.is_encoder_decoder:
-        decoder = model.get_decoder()
-        found.append(
-            decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else decoder.embed_tokens
-        )
-    # MusicGen adds up the embeddings of its codebooks, and the noise of one is the noise of the sum.
-    return [each[0] if isinstance(each, nn.ModuleList) else each for each in found]
 
 
 def wanted(call, batch):
@@ -390,8 +294,6 @@ def wanted(call, batch):
             return side, magnitude.mT
         if further > 0 and torch.equal(call.ids[..., :-further], ids):  # padded on, as in Longformer
             return side, functional.pad(magnitude, (0, further))
-        if further > 0 and torch.equal(
-            call.ids[..., further:], ids
-        ):  # behind a prompt of the model's own, as in CPMAnt
+        if further > 0 and torch.equal(call.ids[..., further:], ids):  # behind a prompt of its own, as in CPMAnt
             return side, functional.pad(magnitude, (further, 0))
     return None, None

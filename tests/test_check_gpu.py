@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from neft_kernels.ops.reference import NOISES
+from tools import machine_code
+from tools.compiled_kernels import Kernel, complaints
 
 ROOT = Path(__file__).parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
@@ -93,13 +95,6 @@ def test_a_missing_nvcc_is_an_error(tmp_path):
     assert "the CUDA kernels WERE NOT CHECKED" in result.stderr
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    from tools import check_gpu, machine_code
-
-    return check_gpu, machine_code
-
-
 GOOD_SASS = """
         /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;     /* 0x0 */
         /*0010*/                   FFMA R7, R7, R8, -0.9999847412109375 ;  /* 0x0 */
@@ -136,8 +131,7 @@ BAD = {
 }
 
 
-def test_good_machine_code(tool):
-    check_gpu, machine_code = tool
+def test_good_machine_code():
     code = machine_code.from_sass(GOOD_SASS, GOOD_USAGE)
     assert (code.registers, code.loads, code.stores, code.multiplies, code.instructions) == (
         40,
@@ -146,14 +140,13 @@ def test_good_machine_code(tool):
         1,
         9,
     )
-    assert not list(check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 80, 25))
+    assert not list(complaints(Kernel("sm_90", "triton", "op", "bfloat16", "", code), 80, 25))
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_each_guard_alone(tool, sentence):
-    check_gpu, machine_code = tool
+def test_each_guard_alone(sentence):
     code = machine_code.from_sass(*BAD[sentence])
-    (complaint,) = check_gpu.complaints(check_gpu.Kernel("sm_90", "triton", "op", "bfloat16", "", code), 80, 25)
+    (complaint,) = complaints(Kernel("sm_90", "triton", "op", "bfloat16", "", code), 80, 25)
     assert sentence in complaint
 
 
@@ -208,6 +201,5 @@ AMDGCN = """
     ("between", "expected"),
     [("v_mov_b32 v8, v9", 2), ("s_waitcnt vmcnt(0)", 1), ("s_waitcnt lgkmcnt(0)", 2), ("v_mov_b32 v8, v7", 1)],
 )
-def test_loads_under_way_on_amd(tool, between, expected):
-    _, machine_code = tool
+def test_loads_under_way_on_amd(between, expected):
     assert machine_code.from_amdgcn(AMDGCN.format(between), "").loads_in_flight == expected

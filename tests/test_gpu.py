@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import embedding
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.gpu_timing import capture
 from helpers.bits import equal_bits
 from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noise_magnitude, noisy_embedding, set_alpha
 from neft_kernels.ops import seed as seeds
@@ -72,15 +73,7 @@ def test_magnitudes_are_those_of_the_cpu_and_nothing_waits():
 def test_a_replayed_graph_draws_fresh_noise_that_the_generator_decides(backend):
     module = NEFTuneEmbedding(100, 64, device="cuda", backend=backend)
     ids = torch.randint(100, (4, 16), device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            module(ids)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = module(ids)
+    graph, out = capture(module, ids)
 
     def replays():
         torch.cuda.manual_seed(7)

@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from helpers.situations import ALPHA, IDS, MASK, Looks, bound, bounds, llama
+from helpers.models import llama
+from helpers.situations import ALPHA, IDS, MASK, Looks, bound, bounds
 from neft_kernels import describe, no_noise, replace_embeddings, restore_embeddings
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
+from helpers.models import batch, build, llama
 from neft_kernels import describe, no_noise, noise_magnitude, replace_embeddings, restore_embeddings
 
 WIDTH, ALPHA = 16, 5.0
@@ -15,6 +16,7 @@ MASK[0, 40:] = 0
 MAGNITUDE = noise_magnitude(IDS, WIDTH, ALPHA, attention_mask=MASK)
 
 CONFIGS = {
+    "LoRA beside the embedding": lambda: LoraConfig(target_modules=["q_proj"], r=2),
     "LoRA on the embedding": lambda: LoraConfig(target_modules=["q_proj", "embed_tokens"], r=2),
     "LoRA, embedding saved": lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], r=2),
     "LoRA, trainable tokens": lambda: LoraConfig(
@@ -25,19 +27,6 @@ CONFIGS = {
 #: These look tokens up by themselves, past the embedding's own forward, so that noise has to be put on what they return.
 ONLY_AFTER = ("LoRA, trainable tokens", "trainable tokens")
 CASES = [(name, when) for name in CONFIGS for when in ("before", "after") if when == "after" or name not in ONLY_AFTER]
-
-
-def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).train()
 
 
 def adapted(name, when):
@@ -187,3 +176,18 @@ def test_both_sides_of_an_encoder_decoder_model_are_noisy_once(name, when):
         relative = noise[magnitude > 0] / magnitude[magnitude > 0][:, None]
         assert relative.abs().max() <= 1 + 1e-4, side  # T5's embeddings are of size 1 to 4: rounded 16 times as much
         assert relative.std().item() * 3**0.5 == pytest.approx(1, abs=0.066), side
+
+
+def test_peft_methods_that_look_tokens_up_by_themselves():
+    configs = [
+        TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2]),
+        PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ]
+    for config in configs:
+        model = replace_embeddings(get_peft_model(build("llama"), config).train(), alpha=5.0)
+        inputs = batch()
+        losses = {model(**inputs).loss.item() for _ in range(3)}
+        assert len(losses) == 3, type(config)
+        magnitudes = [report.last_magnitude for report in describe(model) if report.last_magnitude]
+        assert magnitudes == [pytest.approx((5.0 / (7 * 16) ** 0.5, 5.0 / (4 * 16) ** 0.5))], type(config)

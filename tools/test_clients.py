@@ -3,7 +3,7 @@
 Each framework gets an environment of its own in ``.clients/``. It trains a small Llama for a few steps, by the command that
 its users type, behind ``neft-kernels run`` or with our plugin. In all its processes ``tools/clients/spy`` compares the input
 of layer 0 with the plain look-up. A run that passed is not repeated while the sources, the packages and the command are the
-same. The results are kept in :data:`RECORD`. The page :data:`PAGE` is written from it.
+same. The results are kept in :data:`RECORD`. The table of :data:`PAGE` is written from it.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.sections import DOCS, write_section
+from tools.client_runs import CLIENTS, EMPTY, NOT_RUN, PROGRAMS, REPOSITORY, Client, Run
+
 ENVIRONMENTS = REPOSITORY / ".clients"
-PROGRAMS = REPOSITORY / "tools" / "clients"
 RECORD = REPOSITORY / "tests" / "clients.json"
-PAGE = REPOSITORY / "docs" / "frameworks.md"
+PAGE = DOCS / "frameworks.md"
 
 ALPHA = 5.0
 TORCH = "torch==2.13.0"
@@ -33,188 +33,12 @@ SHOWN = ("torch", "transformers", "accelerate", "peft")
 TIMEOUT = 900  # seconds, for one run
 
 
-#: Left out, because its wheels need CUDA, and yet imported: an empty module stands in.
-EMPTY = ("torchaudio",)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training. `command` is what users type. In it and in `files` {work} is the run's folder, {data} that of the data."""
-
-    name: str
-    command: str
-    files: dict[str, str]
-    variables: dict[str, str]
-    launcher: str | None = "neft-kernels run"
-    under_no_grad: bool = False
-
-
-@dataclass(frozen=True)
-class Client:
-    """One framework, and what of its requirements is not installed."""
-
-    name: str
-    packages: tuple[str, ...]
-    runs: tuple[Run, ...]
-    without: tuple[str, ...] = ()
-
-
-TRL_ARGUMENTS = """
---model_name_or_path {data}/model --output_dir {work}/out --neftune_noise_alpha 5 --max_steps 3 --eval_strategy steps
---eval_steps 3 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --use_cpu --bf16 False --report_to none
---save_strategy no --dtype float32
-"""
-TRL_REWARD = "--reward_model_name_or_path {data}/model --num_generations 2 --max_completion_length 12"
-TRL_RUNS = {
-    "sft": "--dataset_name {data}/messages",
-    "dpo": "--dataset_name {data}/pairs",
-    "kto": "--dataset_name {data}/judged",
-    "reward": "--dataset_name {data}/pairs",
-    "grpo": "--dataset_name {data}/prompts " + TRL_REWARD,
-    "rloo": "--dataset_name {data}/prompts " + TRL_REWARD,
-}
-
-LLAMAFACTORY = """
-stage: sft
-do_train: true
-model_name_or_path: {data}/model
-finetuning_type: full
-dataset: tiny
-dataset_dir: {data}/alpaca
-template: default
-cutoff_len: 256
-val_size: 0.25
-output_dir: {work}/out
-max_steps: 3
-eval_strategy: steps
-eval_steps: 3
-per_device_train_batch_size: 2
-per_device_eval_batch_size: 2
-neftune_noise_alpha: 5
-use_cpu: true
-report_to: none
-save_strategy: "no"
-"""
-
-AXOLOTL = """
-base_model: {data}/model
-datasets:
-  - path: {data}/alpaca/train.jsonl
-    ds_type: json
-    type: alpaca
-val_set_size: 0.25
-dataset_prepared_path: {work}/prepared
-output_dir: {work}/out
-sequence_len: 512
-attn_implementation: sdpa
-micro_batch_size: 2
-gradient_accumulation_steps: 1
-max_steps: 3
-eval_steps: 3
-save_strategy: "no"
-learning_rate: 0.0001
-optimizer: adamw_torch
-neftune_noise_alpha: 5
-bf16: false
-fp16: false
-tf32: false
-use_tensorboard: false
-"""
-AXOLOTL_VARIABLES = {"ACCELERATE_USE_CPU": "true", "AXOLOTL_DO_NOT_TRACK": "1"}
-
-SWIFT = """
---model {data}/model --model_type llama --template dummy --dataset {data}/messages/train.jsonl --split_dataset_ratio 0.25
---tuner_type full --torch_dtype float32 --attn_impl sdpa --output_dir {work}/out --max_steps 3 --eval_strategy steps
---eval_steps 3 --save_strategy no --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --neftune_noise_alpha 5
---use_cpu true --report_to none
-"""
-
-CLIENTS = (
-    Client(
-        "TRL",
-        ("trl==1.16.0", "peft"),
-        tuple(Run(name, f"trl {name} {TRL_ARGUMENTS} {arguments}", {}, {}) for name, arguments in TRL_RUNS.items()),
-    ),
-    Client(
-        "sentence-transformers",
-        ("sentence-transformers==6.2.0", "accelerate", "datasets"),
-        (
-            Run(
-                "cached loss",
-                f"python {PROGRAMS}/cached_loss.py {{data}}/model {{work}}/out",
-                {},
-                {},
-                launcher="neft-kernels run --under-no-grad",
-                under_no_grad=True,
-            ),
-        ),
-    ),
-    Client(
-        "LLaMA-Factory",
-        ("llamafactory==0.9.5",),
-        (
-            Run("sft", "llamafactory-cli train {work}/config.yaml", {"config.yaml": LLAMAFACTORY}, {}),
-            Run(
-                "sft, torchrun",
-                "llamafactory-cli train {work}/config.yaml",
-                {"config.yaml": LLAMAFACTORY + "ddp_backend: gloo\n"},
-                {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"},
-            ),
-        ),
-        without=("torchvision", "torchaudio"),
-    ),
-    Client(
-        "axolotl",
-        ("axolotl==0.19.0",),
-        (
-            Run("sft", "axolotl train {work}/config.yaml", {"config.yaml": AXOLOTL}, AXOLOTL_VARIABLES),
-            Run(
-                "sft, plugin",
-                "axolotl train {work}/config.yaml",
-                {"config.yaml": AXOLOTL + "plugins:\n  - neft_kernels.integrations.axolotl.NEFTunePlugin\n"},
-                AXOLOTL_VARIABLES,
-                launcher=None,
-            ),
-        ),
-        without=("xformers",),
-    ),
-    Client(
-        "ms-swift",
-        ("ms-swift==4.6.0",),
-        (
-            Run("sft", f"swift sft {SWIFT}", {}, {}),
-            Run(
-                "sft, plugin",
-                f"swift sft {SWIFT} --external_plugins {REPOSITORY}/neft_kernels/integrations/swift/neftune.py",
-                {},
-                {},
-                launcher=None,
-            ),
-        ),
-    ),
-)
-
-#: Frameworks that were not run: what to do there, and why they were not.
-NOT_RUN = {
-    "unsloth": (
-        "`NEFTuneCallback`, with `neftune_noise_alpha` unset",
-        "Not run: unsloth cannot be imported without a GPU. By its source (2026.10.9) its trainers put a hook of their own on "
-        "the embedding if `neftune_noise_alpha` is set. The launcher does not reach that hook.",
-    ),
-    "NeMo Automodel": (
-        "`replace_embeddings(model)` in the recipe, with `neftune` unset",
-        "Not run: its recipes are for GPUs. By its source (0.7.0) they have a training loop and a NEFTune hook of their own "
-        "instead of the Trainer's. The launcher does not reach that hook.",
-    ),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"only these: {', '.join(client.name for client in CLIENTS)}")
     parser.add_argument("--again", action="store_true", help="also what has passed")
     parser.add_argument("--plain", action="store_true", help="without the launcher: does the test see it? Not recorded")
-    parser.add_argument("--page", action="store_true", help="write the page from the record, and run nothing")
+    parser.add_argument("--page", action="store_true", help="write the table from the record, and run nothing")
     options = parser.parse_args()
     if not options.page:
         for client in CLIENTS:
@@ -224,7 +48,7 @@ def main() -> None:
                 else:
                     test(client, options.again)
     results = recorded()
-    PAGE.write_text(page(results))
+    write_section(PAGE, "clients", table(results))
     failed = [name for name, result in results.items() if result["problems"]]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -378,117 +202,8 @@ def judge(records: list[dict[str, Any]], under_no_grad: bool) -> tuple[dict[str,
     return found, [problem for problem, is_so in wrong.items() if is_so]
 
 
-PAGE_TEXT = """# Frameworks
-
-One block to copy for each. Programs that run are in the [examples](../examples/README.md).
-
-## Trainer
-
-```python
-from transformers import Trainer
-from neft_kernels import NEFTuneCallback
-
-trainer = Trainer(model, args, train_dataset=dataset, callbacks=[NEFTuneCallback(alpha=5.0)])
-trainer.train()
-```
-
-## TRL
-
-```py
-# DPO, KTO, GRPO ... alike
-trainer = SFTTrainer(model, args=args, train_dataset=dataset, callbacks=[NEFTuneCallback(alpha=5.0)])
-```
-
-Or from the command line:
-
-```sh
-neft-kernels run trl sft --config config.yaml --neftune_noise_alpha 5
-```
-
-## axolotl
-
-```yaml
-plugins:
-  - neft_kernels.integrations.axolotl.NEFTunePlugin
-neftune_noise_alpha: 5
-neft_kernels:            # optional: options of replace_embeddings
-  noise_on: completion
-```
-
-## LLaMA-Factory
-
-With `neftune_noise_alpha: 5` in its configuration:
-
-```sh
-neft-kernels run llamafactory-cli train config.yaml
-```
-
-## ms-swift
-
-The plugin is a file of the package:
-
-```bash
-NEFT=$(python -c "import neft_kernels; print(neft_kernels.__path__[0])")
-swift sft --external_plugins $NEFT/integrations/swift/neftune.py --neftune_noise_alpha 5 ...
-```
-
-## sentence-transformers
-
-```py
-callbacks = [NEFTuneCallback(alpha=5.0)]
-callbacks = [NEFTuneCallback(alpha=5.0, under_no_grad=True)]  # with a cached loss
-trainer = SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss, callbacks=callbacks)
-```
-
-## Your own loop
-
-```python
-from neft_kernels import replace_embeddings
-
-replace_embeddings(model, alpha=5.0)  # before or after accelerate's prepare(); then train
-```
-
-A model that is not of transformers: [without Hugging Face](other-frameworks.md).
-
-## The launcher
-
-Frameworks that train with the Trainer of transformers have its option `neftune_noise_alpha`. It runs on our kernels behind
-the launcher, which reaches every process that a command starts:
-
-```sh
-neft-kernels run axolotl train config.yaml
-neft-kernels run --noise-on completion -- swift sft ...
-python -m neft_kernels run llamafactory-cli train config.yaml
-```
-
-`neft-kernels run --help` lists the options, which are those of `replace_embeddings`. The exit code and signals are those of
-the command. A process is not reached if it
-
-- ignores its environment (`python -I`, `-E`, `-S`),
-- was running before, such as a worker of a Ray cluster, or runs on another machine that does not get `PYTHONPATH` and
-  `NEFT_KERNELS_RUN` from here,
-- uses another Python, in which neft_kernels is not installed. A message says so when transformers is imported there.
-
-The launcher sets two variables. `PYTHONPATH` begins with a folder that has a `sitecustomize.py`, which waits for
-`transformers.trainer`, patches it, and imports nothing else; it also runs the `sitecustomize.py` that it hides.
-`NEFT_KERNELS_RUN` has the options as JSON.
-
-The plugins of axolotl and ms-swift do the same without the launcher.
-
-## What was run
-
-A Llama of two layers was trained for a few steps on a CPU, by each of these lines. The input of its first layer was compared
-with the plain look-up. "Right" means: in every training pass every token has noise, once, scaled by the length of its own
-sequence; padding has none; evaluation, generation, reference and other passes have none; and after training there is none.
-"Other passes" counts all of these. With sentence-transformers the gradients of the cached loss were also compared with those
-of the same loss without a cache: they are equal within 1e-5 of the largest. `make test-clients` runs this again and writes
-this page.
-
-"""
-
-
-def page(results: dict[str, Any]) -> str:
-    """The page of the documentation."""
+def table(results: dict[str, Any]) -> str:
+    """What was seen, a row for each training, for the page of the documentation."""
     rows = []
     for client in CLIENTS:
         for run in client.runs:
@@ -501,7 +216,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (titles, ("---",) * len(titles), *rows)]
     left_out = [f"{client.name} without {', '.join(client.without)}" for client in CLIENTS if client.without]
     note = f"What needs CUDA was left out: {'; '.join(left_out)}. An empty module stood in for {', '.join(EMPTY)}."
-    return PAGE_TEXT + "\n".join(lines) + f"\n\n{note}\n"
+    return "\n".join(lines) + f"\n\n{note}"
 
 
 def typed(run: Run) -> str:

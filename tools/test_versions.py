@@ -26,8 +26,11 @@ TORCH = ("2.10.0", "2.13.0", "2.14.1")
 TRANSFORMERS = ("4.57.6", "5.0.0", "5.24.0")
 
 #: Run once with each torch, and the others with each torch and transformers.
-OPS_TESTS = ("contract", "backends", "ops", "autograd", "embedding_grad", "magnitude", "errors")
-MODEL_TESTS = ("modules", "huggingface", "situations", "parts", "strength", "checkpointing", "trainer")
+OPS_TESTS = ("contract", "backends", "choice", "ops", "autograd", "embedding_grad", "magnitude", "errors")
+MODEL_TESTS = (
+    *("modules", "huggingface", "lookups", "copies", "alpha", "log", "situations", "decoder", "under_no_grad", "parts"),
+    *("strength", "rms", "checkpointing", "trainer", "patch_transformers", "sft", "peft"),
+)
 
 #: Beside torch, and beside transformers.
 TEST_PACKAGES = ("setuptools>=77", "numpy", "scipy", "triton>=3.5", "pytest", "pytest-xdist", "hypothesis")

@@ -1,6 +1,7 @@
 // The Python module of the CPU kernels. Its functions register them, and tell and limit the instruction set that they use.
 #include <Python.h>
 
+#include "../module.h"
 #include "../registration.h"
 #include "rows.h"
 
@@ -37,4 +38,4 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C_cpu", nullptr, -1, kMethods, n
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C_cpu() { return PyModule_Create(&kModule); }
+PyMODINIT_FUNC PyInit__C_cpu() { return neft::create_module(&kModule); }

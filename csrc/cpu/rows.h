@@ -9,19 +9,25 @@
 
 namespace neft {
 
-// Which noise a row gets, and how much.
+// Which noise rows get.
 struct RowNoise {
   int64_t seed;
   int64_t token;
   uint32_t stream;
+};
+
+// A row that gets noise, times a magnitude that may be negative. `in` may equal `out`. `next` is a later row, whose same columns
+// are prefetched into the cache: the hardware cannot predict where in the table the next row lies.
+struct Row {
+  const void *in, *next;
+  void* out;
   float magnitude;
 };
 
-// out[begin:end] = in[begin:end] + noise, columns counted from the start of the row. `in` may equal `out`. `begin` must be
-// a multiple of kColumnAlignment. `next` is a later row, whose same columns are prefetched into the cache: the hardware
-// cannot predict where in the table the next row lies.
-using AddNoiseToRow = void (*)(const void* in, void* out, int64_t begin, int64_t end, const RowNoise& noise,
-                               const void* next);
+// out[begin:end] = in[begin:end] + magnitude * noise, columns counted from the start of the row, for one or two rows. The noise
+// of two rows is drawn once. `begin` must be a multiple of kColumnAlignment.
+using AddNoiseToRows = void (*)(const Row* rows, int64_t begin, int64_t end, const RowNoise& noise);
+constexpr int kMaxRows = 2;
 
 // out[begin:end] = the sum of rows[:count][begin:end] / divisor, taken in fp64 from first to last and rounded once. `rows`
 // are the rows' offsets in `data`, in bytes. rows[count] must be the offset of a row too: it is fetched into the cache.
@@ -30,8 +36,8 @@ using SumRows = void (*)(const void* data, const int64_t* rows, int64_t count, i
 
 constexpr int64_t kColumnAlignment = 128;  // the columns of one batch of the widest kernel: 16 lanes x 8 columns
 
-struct NoiseKernels {
-  AddNoiseToRow fp32, fp64, fp16, bf16;
+struct NoiseKernels {  // by the number of rows, less one
+  AddNoiseToRows fp32[kMaxRows], fp64[kMaxRows], fp16[kMaxRows], bf16[kMaxRows];
 };
 
 struct RowKernels {

@@ -74,46 +74,59 @@ struct Bf16 {
   }
 };
 
-template <class Element, NoiseKind kind>
-void add_noise_to_row(const void* in_row, void* out_row, int64_t begin, int64_t end, const RowNoise& noise,
-                      const void* next_row) {
+template <class Element, NoiseKind kind, int kRows>
+void add_noise_to_rows(const Row* rows, int64_t begin, int64_t end, const RowNoise& noise) {
   constexpr int kVectors = 4, kVectorBytes = Element::kSize * Element::kColumns;
   constexpr int kBatchColumns = kVectors * Element::kColumns, kBatchBytes = kVectors * kVectorBytes;
   constexpr int kCacheLine = 64;
   static_assert(kColumnAlignment % kBatchColumns == 0);
-  const auto* in = static_cast<const char*>(in_row);
-  const auto* next = static_cast<const char*>(next_row);
-  auto* out = static_cast<char*>(out_row);
-  // Copies, because the compiler must assume that writes to `out` change `noise`.
+  // Copies, because the compiler must assume that writes to `out` change what the arguments point to.
+  const char *in[kRows], *next[kRows];
+  char* out[kRows];
+  Floats magnitude[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    in[r] = static_cast<const char*>(rows[r].in);
+    next[r] = static_cast<const char*>(rows[r].next);
+    out[r] = static_cast<char*>(rows[r].out);
+    magnitude[r] = Floats{} + rows[r].magnitude;
+  }
   const Key key = make_key(noise.seed);
   const int64_t token = noise.token;
   const uint32_t stream = noise.stream;
-  const Floats magnitude = Floats{} + noise.magnitude;
   const Chains lane_blocks = block_of_lane();
 
-  const auto add_batch = [&](const char* from, char* to, int64_t column) __attribute__((always_inline)) {
+  const auto draw = [&](int64_t column, Words (&words)[kVectors]) __attribute__((always_inline)) {
     Chains block_words[4];
-    Words words[kVectors];
     const auto first_block = static_cast<uint32_t>(column / columns_per_block(Element::kSize));
     set_counter(block_words, lane_blocks + first_block, token, stream);
     philox4x32(block_words, key);
     to_column_order(block_words, words);
-    for (int k = 0; k < kVectors; ++k) Element::template add<kind>(from + k * kVectorBytes, to + k * kVectorBytes, magnitude, words[k]);
   };
 
   int64_t column = begin;
   for (; column + kBatchColumns <= end; column += kBatchColumns) {
-    for (int byte = 0; byte < kBatchBytes; byte += kCacheLine)
-      __builtin_prefetch(next + column * Element::kSize + byte);
-    add_batch(in + column * Element::kSize, out + column * Element::kSize, column);
+    const int64_t offset = column * Element::kSize;
+    for (int r = 0; r < kRows; ++r)
+      for (int byte = 0; byte < kBatchBytes; byte += kCacheLine) __builtin_prefetch(next[r] + offset + byte);
+    Words words[kVectors];
+    draw(column, words);
+    for (int k = 0; k < kVectors; ++k)
+      for (int r = 0; r < kRows; ++r)
+        Element::template add<kind>(in[r] + offset + k * kVectorBytes, out[r] + offset + k * kVectorBytes, magnitude[r],
+                                    words[k]);
   }
 
   if (column < end) {  // the last, partial batch uses a buffer of a whole batch
-    char buffer[kBatchBytes] = {};
+    Words words[kVectors];
+    draw(column, words);
     const size_t bytes = (end - column) * Element::kSize;
-    std::memcpy(buffer, in + column * Element::kSize, bytes);
-    add_batch(buffer, buffer, column);
-    std::memcpy(out + column * Element::kSize, buffer, bytes);
+    for (int r = 0; r < kRows; ++r) {
+      char buffer[kBatchBytes] = {};
+      std::memcpy(buffer, in[r] + column * Element::kSize, bytes);
+      for (int k = 0; k < kVectors; ++k)
+        Element::template add<kind>(buffer + k * kVectorBytes, buffer + k * kVectorBytes, magnitude[r], words[k]);
+      std::memcpy(out[r] + column * Element::kSize, buffer, bytes);
+    }
   }
 }
 
@@ -193,8 +206,10 @@ void sum_rows(const void* data, const int64_t* rows, int64_t count, int64_t begi
 }
 
 template <NoiseKind kind>
-constexpr NoiseKernels kNoiseKernels = {add_noise_to_row<Fp32, kind>, add_noise_to_row<Fp64, kind>,
-                                        add_noise_to_row<Fp16, kind>, add_noise_to_row<Bf16, kind>};
+constexpr NoiseKernels kNoiseKernels = {{add_noise_to_rows<Fp32, kind, 1>, add_noise_to_rows<Fp32, kind, 2>},
+                                        {add_noise_to_rows<Fp64, kind, 1>, add_noise_to_rows<Fp64, kind, 2>},
+                                        {add_noise_to_rows<Fp16, kind, 1>, add_noise_to_rows<Fp16, kind, 2>},
+                                        {add_noise_to_rows<Bf16, kind, 1>, add_noise_to_rows<Bf16, kind, 2>}};
 
 const RowKernels kRowKernels = {
     NEFT_NAME,

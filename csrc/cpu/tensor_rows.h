@@ -60,10 +60,11 @@ class Offsets {
 class Noise {
  public:
   Noise(const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-        int64_t first_token, int64_t kind, int64_t num_tokens)
-      : kind_(static_cast<NoiseKind>(kind)), first_token_(first_token), stream_(static_cast<uint32_t>(stream)),
-        magnitude_(static_cast<float>(magnitude)) {
+        int64_t first_token, int64_t kind, bool symmetric, int64_t num_tokens)
+      : kind_(static_cast<NoiseKind>(kind)), first_token_(first_token), copies_(symmetric ? 2 : 1),
+        stream_(static_cast<uint32_t>(stream)), magnitude_(static_cast<float>(magnitude)) {
     STD_TORCH_CHECK(0 <= kind && kind < kNoiseKinds, "noise must be in [0, ", kNoiseKinds, ")");
+    STD_TORCH_CHECK(!symmetric || num_tokens % 2 == 0, "symmetric noise needs an even number of tokens");
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
     seed_ = *static_cast<const int64_t*>(seed.const_data_ptr());
     if (token_magnitude) {
@@ -82,18 +83,22 @@ class Noise {
 
   NoiseKind kind() const { return kind_; }
 
-  RowNoise of(int64_t token) const {
-    const auto number = static_cast<int64_t>(static_cast<uint64_t>(first_token_) + static_cast<uint64_t>(token));
-    return {seed_, number, stream_, magnitude_of(token)};
+  // The tokens that share a noise: 2 of symmetric noise, the second of which gets it with the other sign.
+  int copies() const { return copies_; }
+
+  // Of the token with this index among those of the first copy.
+  RowNoise of(int64_t index) const {
+    return {seed_, static_cast<int64_t>(static_cast<uint64_t>(first_token_) + static_cast<uint64_t>(index)), stream_};
   }
 
- private:
   float magnitude_of(int64_t token) const {
     return token_magnitudes_ ? token_magnitudes_[(*offsets_)(token)] : magnitude_;
   }
 
+ private:
   NoiseKind kind_;
   int64_t seed_, first_token_;
+  int copies_;
   uint32_t stream_;
   float magnitude_;
   const float* token_magnitudes_ = nullptr;
@@ -102,7 +107,7 @@ class Noise {
 
 struct ElementKernel {
   int64_t size;  // bytes
-  AddNoiseToRow add_noise;
+  const AddNoiseToRows* add_noise;  // by the number of rows, less one
   SumRows sum;
 };
 
@@ -138,26 +143,33 @@ void add_noise_to_rows(const Tensor& data, const Source& source, int64_t column_
   constexpr int64_t kPieceColumns = 16 * kColumnAlignment, kColumnsPerThread = 8 * kPieceColumns;
   const int64_t pieces = (num_columns + kPieceColumns - 1) / kPieceColumns;
   const int64_t grain = std::max<int64_t>(1, kColumnsPerThread / std::min(num_columns, kPieceColumns));
+  const int64_t draws = num_tokens / noise.copies();  // tokens of the first copy
 
-  torch::stable::parallel_for(0, num_tokens * pieces, grain, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, draws * pieces, grain, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last;) {
-      const int64_t token = unit / pieces, piece = unit % pieces;
+      const int64_t index = unit / pieces, piece = unit % pieces;
       const int64_t units_of_row = std::min(last - unit, pieces - piece);
       const int64_t begin = piece * kPieceColumns, end = std::min(num_columns, begin + units_of_row * kPieceColumns);
       unit += units_of_row;
 
-      const RowNoise row_noise = noise.of(token);
-      const char* in = in_data + source(token) * kernel.size;
-      const char* next = unit < last ? in_data + source(unit / pieces) * kernel.size : in;
-      char* row = out_data + token * num_columns * kernel.size;
-      if (column_stride != 1) {
-        copy_strided(in + begin * column_stride * kernel.size, row + begin * kernel.size, end - begin, column_stride,
-                     kernel.size);
-        in = row;
-      } else if (row_noise.magnitude == 0) {
-        std::memcpy(row + begin * kernel.size, in + begin * kernel.size, (end - begin) * kernel.size);
+      Row rows[kMaxRows];
+      int count = 0;
+      for (int copy = 0; copy < noise.copies(); ++copy) {
+        const int64_t token = index + copy * draws;
+        const float magnitude = noise.magnitude_of(token);
+        const char* in = in_data + source(token) * kernel.size;
+        const char* next = unit < last ? in_data + source(unit / pieces + copy * draws) * kernel.size : in;
+        char* row = out_data + token * num_columns * kernel.size;
+        if (column_stride != 1) {
+          copy_strided(in + begin * column_stride * kernel.size, row + begin * kernel.size, end - begin, column_stride,
+                       kernel.size);
+          in = row;
+        } else if (magnitude == 0) {
+          std::memcpy(row + begin * kernel.size, in + begin * kernel.size, (end - begin) * kernel.size);
+        }
+        if (magnitude != 0) rows[count++] = {in, next, row, copy == 0 ? magnitude : -magnitude};
       }
-      if (row_noise.magnitude != 0) kernel.add_noise(in, row, begin, end, row_noise, next);
+      if (count > 0) kernel.add_noise[count - 1](rows, begin, end, noise.of(index));
     }
   });
 }

@@ -20,14 +20,14 @@ std::optional<int64_t> row_stride_of(const Tensor& embeds) {
 }
 
 Tensor add_noise(const Tensor& embeds, const Tensor& seed, const std::optional<Tensor>& token_magnitude,
-                 double magnitude, int64_t stream, int64_t first_token, int64_t kind) {
+                 double magnitude, int64_t stream, int64_t first_token, int64_t kind, bool symmetric) {
   STD_TORCH_CHECK(embeds.dim() >= 1, "embeds must have at least 1 dimension");
   check_device(embeds, "embeds", embeds);
   const std::vector<int64_t> sizes(embeds.sizes().begin(), embeds.sizes().end());
   int64_t num_tokens = 1;
   for (size_t dim = 0; dim + 1 < sizes.size(); ++dim) num_tokens *= sizes[dim];
 
-  const Noise noise(embeds, seed, token_magnitude, magnitude, stream, first_token, kind, num_tokens);
+  const Noise noise(embeds, seed, token_magnitude, magnitude, stream, first_token, kind, symmetric, num_tokens);
   const Tensor out = torch::stable::new_empty(embeds, sizes);
   const Tensor data = row_stride_of(embeds) ? embeds : torch::stable::contiguous(embeds);
   const int64_t column_stride = data.stride(data.dim() - 1);

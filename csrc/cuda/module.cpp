@@ -1,6 +1,7 @@
 // The Python module of the CUDA kernels. Its function registers them.
 #include <Python.h>
 
+#include "../module.h"
 #include "../registration.h"
 
 namespace {
@@ -22,4 +23,4 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, kMethods, 
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&kModule); }
+PyMODINIT_FUNC PyInit__C_cuda() { return neft::create_module(&kModule); }

@@ -18,14 +18,15 @@ Tensor noisy_embedding_of(const Tensor& input_ids, const Tensor& weight, const N
   return out;
 }
 
-// The last three but one are for the gradient.
+// padding_idx, scale_grad_by_freq and sparse are for the gradient.
 Tensor noisy_embedding(const Tensor& input_ids, const Tensor& weight, const Tensor& seed,
                        const std::optional<Tensor>& token_magnitude, double magnitude, int64_t stream,
-                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/, int64_t kind) {
+                       int64_t first_token, int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/, bool /*sparse*/,
+                       int64_t kind, bool symmetric) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have 2 dimensions");
   check_device(weight, "weight", weight);
   check_device(input_ids, "input_ids", weight);
-  const Noise noise(weight, seed, token_magnitude, magnitude, stream, first_token, kind, input_ids.numel());
+  const Noise noise(weight, seed, token_magnitude, magnitude, stream, first_token, kind, symmetric, input_ids.numel());
   switch (input_ids.scalar_type()) {
     case ScalarType::Long: return noisy_embedding_of<int64_t>(input_ids, weight, noise);
     case ScalarType::Int: return noisy_embedding_of<int32_t>(input_ids, weight, noise);

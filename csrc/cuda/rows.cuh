@@ -39,6 +39,7 @@ struct Rows {
   float magnitude;
   uint32_t stream;
   int64_t first_token;
+  int64_t half;  // num_tokens / 2 if the second half gets the noise of the first, negated; or else 0
 
   uint32_t num_blocks = 0;  // of columns, in a row; set by plan_launch()
 };
@@ -101,7 +102,7 @@ LaunchPlan plan_launch(Rows<RowOf>& rows) {
 }
 
 struct Place {
-  int64_t token;
+  int64_t position;     // of the token, in the order in which tokens get their noise
   uint32_t block;       // of columns: the thread's first one
   uint32_t to_next_go;  // distance to its next blocks, if the grid has too few threads for a whole row
 };
@@ -120,15 +121,20 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
   using Bits = typename Block::Bits;
   constexpr int kBlocks = kBlocksPerThread<Element>;
   constexpr int64_t kStep = kLanes * Block::kColumns;  // columns from one block of the thread to the next
-  if (place.token >= rows.num_tokens) return;
+  if (place.position >= rows.num_tokens) return;
 
   const Key key = make_key(rows.seed ? *rows.seed : rows.seed_value);
-  const int64_t token = rows.first_token + place.token, row = rows.row_of(place.token);
+  // The two tokens of the same noise are neighbours in this order. Their ids are usually equal, and the second one then finds
+  // the row of the table in the cache.
+  const bool symmetric = rows.half != 0, negated = symmetric && place.position % 2 != 0;
+  const int64_t index = symmetric ? place.position / 2 : place.position;
+  const int64_t token = negated ? index + rows.half : index, number = rows.first_token + index;
+  const int64_t row = rows.row_of(token);
   const bool is_row = !RowOf::kMayBeNone || row >= 0;
-  const float token_magnitude = rows.token_magnitude ? rows.token_magnitude[place.token] : rows.magnitude;
-  const float magnitude = is_row ? token_magnitude : 0;
+  const float token_magnitude = rows.token_magnitude ? rows.token_magnitude[token] : rows.magnitude;
+  const float magnitude = !is_row ? 0 : negated ? -token_magnitude : token_magnitude;
   const Bits* in_row = static_cast<const Bits*>(rows.in) + row * rows.row_stride;
-  Bits* out_row = static_cast<Bits*>(rows.out) + place.token * rows.num_columns;
+  Bits* out_row = static_cast<Bits*>(rows.out) + token * rows.num_columns;
   const int64_t stride = kAligned ? 1 : rows.column_stride;
 
   for (uint32_t first = place.block; first < rows.num_blocks; first += place.to_next_go) {
@@ -153,7 +159,7 @@ NEFT_FUNCTION void add_noise_to_rows(const Rows<RowOf>& rows, Place place) {
       for (int k = 0; k < kBlocks; ++k) {
         if (first + k * kLanes >= rows.num_blocks) break;
         uint32_t words[4];
-        set_counter(words, first + k * kLanes, token, rows.stream);
+        set_counter(words, first + k * kLanes, number, rows.stream);
         philox4x32(words, key);
         blocks[k].template add_noise<kind>(magnitude, words);
       }

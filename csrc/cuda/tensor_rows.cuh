@@ -31,10 +31,12 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& d
 class Noise {
  public:
   Noise(const Tensor& data, const Tensor& seed, const std::optional<Tensor>& token_magnitude, double magnitude,
-        int64_t stream, int64_t first_token, int64_t kind, int64_t num_tokens)
-      : kind_(static_cast<NoiseKind>(kind)), seed_(seed), magnitude_(static_cast<float>(magnitude)), stream_(static_cast<uint32_t>(stream)),
-        first_token_(first_token) {
+        int64_t stream, int64_t first_token, int64_t kind, bool symmetric, int64_t num_tokens)
+      : kind_(static_cast<NoiseKind>(kind)), seed_(seed), magnitude_(static_cast<float>(magnitude)),
+        stream_(static_cast<uint32_t>(stream)), first_token_(first_token),
+        half_(symmetric ? num_tokens / 2 : 0) {
     STD_TORCH_CHECK(0 <= kind && kind < kNoiseKinds, "noise must be in [0, ", kNoiseKinds, ")");
+    STD_TORCH_CHECK(!symmetric || num_tokens % 2 == 0, "symmetric noise needs an even number of tokens");
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed must be one int64 element");
     if (seed.is_cpu())
       seed_value_ = *static_cast<const int64_t*>(seed.const_data_ptr());
@@ -59,6 +61,7 @@ class Noise {
     rows.magnitude = magnitude_;
     rows.stream = stream_;
     rows.first_token = first_token_;
+    rows.half = half_;
   }
 
  private:
@@ -68,7 +71,7 @@ class Noise {
   std::optional<Tensor> token_magnitude_;
   float magnitude_;
   uint32_t stream_;
-  int64_t first_token_;
+  int64_t first_token_, half_;
 };
 
 template <class Element, NoiseKind kind, bool kAligned, class RowOf>

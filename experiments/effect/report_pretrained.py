@@ -5,22 +5,35 @@ python -m experiments.effect.report_pretrained [--preset smollm2-gpu]
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.sections import DOCS, write_section
-from experiments.effect import report
-from experiments.effect.plan import OURS, PACKED, PRESETS, RMS, runs
-from experiments.effect.report import NAME, OUTCOMES, Arm, Effect, Outcome, Results, TooFewRuns, Treatment, signed
+from experiments.effect import analysis
+from experiments.effect.analysis import (
+    NAME,
+    OUTCOMES,
+    Arm,
+    Effect,
+    Outcome,
+    Results,
+    TooFewRuns,
+    Treatment,
+    cell,
+    seeds_of,
+)
+from experiments.effect.plan import OURS, PACKED, PRESETS, RMS, SIGN, SIGN_SYMMETRIC, runs
 
 SECTION = "effect-pretrained"
 BY_ALPHA, BY_RMS = Arm("alpha", PACKED, OURS, ""), Arm("rms", PACKED, RMS, "")
+BY_SIGN, BY_PAIRS = Arm("sign", PACKED, SIGN, ""), Arm("symmetric sign", PACKED, SIGN_SYMMETRIC, "")
 NONE: Treatment = (BY_ALPHA, 0)
 
 
 def treatments(preset: str) -> list[Treatment]:
     """All noises of the preset, in its order."""
-    arms = {arm.noise_by: arm for arm in (BY_ALPHA, BY_RMS)}
+    arms = {arm.noise_by: arm for arm in (BY_ALPHA, BY_RMS, BY_SIGN, BY_PAIRS)}
     return [
         (arms[condition.noise_by], alpha)
         for condition in PRESETS[preset].conditions
@@ -40,17 +53,16 @@ def effects(results: Results, noises: list[Treatment], outcome: Outcome) -> dict
     return dict(zip(map(title, noises), found, strict=True))
 
 
-def findings(results: Results, noises: list[Treatment]) -> str:
-    """A line for each outcome."""
+def findings(results: Results, noises: list[Treatment], paper: bool = True) -> str:
+    """A line for each outcome, with what NEFTune's paper says of it."""
     lines = []
     for outcome in OUTCOMES:
         said: dict[str, list[str]] = {}
         for noise, effect in effects(results, noises, outcome).items():
-            direction = ("falls" if effect.interval.mean < 0 else "rises") if effect.is_shown else "no effect shown"
-            said.setdefault(direction, []).append(noise)
-        paper = f" (in the paper it {outcome.in_paper})" if outcome.in_paper else ""
+            said.setdefault(effect.direction, []).append(noise)
+        in_paper = f" (in the paper it {outcome.in_paper})" if outcome.in_paper and paper else ""
         words = "; ".join(f"{direction} at {', '.join(names)}" for direction, names in said.items())
-        lines.append(f"- **{outcome.title}**{paper}: {words}.")
+        lines.append(f"- **{outcome.title}**{in_paper}: {words}.")
     return "\n".join(lines)
 
 
@@ -75,27 +87,22 @@ def table(results: Results, noises: list[Treatment]) -> str:
     ]
     by_outcome = [effects(results, noises, outcome) for outcome in OUTCOMES]
     for noise in noises:
-        cells = []
-        for outcome, found in zip(OUTCOMES, by_outcome, strict=True):
-            effect = found[title(noise)]
-            cell = signed(effect.interval, outcome)
-            cells.append(f"**{cell}**" if effect.is_shown else cell)
+        cells = [cell(found[title(noise)], outcome) for outcome, found in zip(OUTCOMES, by_outcome, strict=True)]
         rows.append(f"| {title(noise)} | {results.noise_ratio(*noise):.3f} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def section(results: Results, preset: str) -> str:
-    start, settings, count = results.pretraining, results.settings, len(results.seeds)
+    start, settings = results.pretraining, results.settings
     noises = treatments(preset)
-    planned = len(PRESETS[preset].seeds)
-    seeds = f"{count} seeds" if count >= planned else f"{count} of the {planned} planned seeds"
     any_record: dict[str, Any] = next(iter(results.runs.values()))
     pairs = settings["training_pairs"] or start["training_pairs_to_draw_from"]
     return "\n".join(
         [
             f"{settings['model'].split('/')[-1]}, {start['parameters'] / 1e6:.0f} million parameters, was tuned for "
             f"{settings['epochs']} epochs on {pairs} instructions with their answers, {settings['update_pairs']} in "
-            f'an update, with {seeds} for each condition: no noise, {", ".join(map(title, noises))}. "rms" stands for '
+            f"an update, with {seeds_of(results, preset)} for each condition: no noise, "
+            f'{", ".join(map(title, noises))}. "rms" stands for '
             '`scale_by="rms"`. All weights were trained. Hypotheses and decision rule were fixed [before the first '
             "run](../experiments/effect/run.py).",
             "",
@@ -121,8 +128,8 @@ def unfinished(preset: str) -> str:
     """What the page says while there are too few runs for an interval."""
     wanted = set(runs(PRESETS[preset]))
     done = {
-        report.run_of(record)
-        for record in report.records.load(NAME, report.RESULTS)
+        analysis.run_of(record)
+        for record in analysis.records.load(NAME, analysis.RESULTS)
         if record["stage"] == "fine-tuning" and record["preset"] == preset
     }
     return (
@@ -132,11 +139,16 @@ def unfinished(preset: str) -> str:
 
 
 def main(preset: str = "smollm2", page: Path = DOCS / "effect.md") -> None:
+    write(preset, page, SECTION, section)
+
+
+def write(preset: str, page: Path, name: str, text: Callable[[Results, str], str]) -> None:
+    """Puts `text` of the results into the section `name` of `page`, or how many runs are still to come."""
     try:
-        text = section(Results(preset), preset)
+        written = text(Results(preset), preset)
     except TooFewRuns:
-        text = unfinished(preset)
-    write_section(page, SECTION, text)
+        written = unfinished(preset)
+    write_section(page, name, written)
 
 
 if __name__ == "__main__":

@@ -100,13 +100,13 @@ class Source:
 
     backend: str | None = None
 
-    def sign(self, shape: tuple[int, int], dtype: torch.dtype, **identity: int) -> Tensor:
+    def sign(self, shape: tuple[int, int], dtype: torch.dtype, **identity: Any) -> Tensor:
         """``[T, D]``, of variance 1."""
         noise = add_noise(torch.zeros(shape, dtype=dtype), 1.0, noise="sign", backend=self.backend, **identity).float()
         assert (noise.abs() == 1).all(), "neither 1 nor -1"
         return noise
 
-    def gaussian(self, shape: tuple[int, int], dtype: torch.dtype, **identity: int) -> Tensor:
+    def gaussian(self, shape: tuple[int, int], dtype: torch.dtype, **identity: Any) -> Tensor:
         """``[T, D]``.
 
         Noise of magnitude 1 on a row of zeros is rounded to `dtype`; the same noise on the negative of that is the rest of

@@ -137,13 +137,20 @@ def draw_rounding(record: Record) -> None:
 # --- prose -----------------------------------------------------------------------------------------------------------
 
 
+def verdict(plan: Record, tests: Record) -> str:
+    """A sentence: what the tests reject, and the smallest p-value."""
+    assert plan["plan"] == tests["plan"], "the newest tests are not those of the newest plan"
+    rejected = [f"{r['type']} {r['test']} (p = {r['p']:.2g})" for r in tests["results"] if r["rejected"]]
+    found = f"rejected are {'; '.join(rejected)}" if rejected else "none rejects"
+    least = min(tests["results"], key=lambda result: result["p"])
+    return (
+        f"At a family-wise level of 0.01 **{found}**; the smallest p-value is {least['p']:.2g} ({least['type']}, "
+        f"{least['test']})."
+    )
+
+
 def about_tests(records: dict[str, Record]) -> str:
     plan, tests = records["plan"], records["tests"]
-    assert plan["plan"] == tests["plan"], "the newest tests are not those of the newest plan"
-    results = tests["results"]
-    rejected = [f"{r['type']} {r['test']} (p = {r['p']:.2g})" for r in results if r["rejected"]]
-    verdict = f"rejected are {'; '.join(rejected)}" if rejected else "none rejects"
-    smallest = min(results, key=lambda result: result["p"])
     sizes = plan["sizes"]
     elements = sizes["steps"] * sizes["tokens"] * sizes["columns"]
     relations = {name.partition(":")[0] for name in plan["tests"] if ":" in name}
@@ -152,13 +159,12 @@ def about_tests(records: dict[str, Record]) -> str:
     caught = ", ".join(f"{name} {len(record['rejected'])}" for name, record in checks.items() if record["rejected"])
     uncaught = ", ".join(name for name, record in checks.items() if not record["rejected"])
     return (
-        f"`make randomness` applies {len(results)} tests to the output of the fused op. Their "
+        f"`make randomness` applies {len(tests['results'])} tests to the output of the fused op. Their "
         "[plan](../experiments/randomness/plan.py) is fixed before they see the noise. They test the distribution, moments, "
         "correlation along columns, across tokens and at any shift of both, the two-dimensional spectrum, and what "
         "neighbouring seeds, streams and steps, and tokens 2^32 apart, have in common. For each element type they use "
-        f"{elements / 1e6:.0f} million elements and {pairs / 1e6:.0f} million pairs of related ones. At a "
-        "family-wise level of "
-        f"0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} ({smallest['type']}, {smallest['test']}).\n\n"
+        f"{elements / 1e6:.0f} million elements and {pairs / 1e6:.0f} million pairs of related ones. "
+        f"{verdict(plan, tests)}\n\n"
         "The tests can fail. Applied to smaller samples of noise that is broken on purpose, this many of them reject: "
         f"{caught}. They do not find everything: {uncaught}, a Philox that keeps its key in all rounds, passes; the known "
         "answers in the test suite exclude it."
@@ -181,21 +187,15 @@ def about_control(record: Record, control: Record) -> str:
 
 def about_kinds(records: dict[str, Record]) -> str:
     plan, tests = records["kinds plan"], records["kinds"]
-    assert plan["plan"] == tests["plan"], "the newest tests are not those of the newest plan"
-    results = tests["results"]
-    rejected = [f"{r['type']} {r['test']} (p = {r['p']:.2g})" for r in results if r["rejected"]]
-    verdict = f"rejected are {'; '.join(rejected)}" if rejected else "none rejects"
-    smallest = min(results, key=lambda result: result["p"])
     checks = {
         name.removeprefix("kinds: "): record for name, record in records.items() if record["what"] == "kinds self-check"
     }
     caught = ", ".join(f"{name} {len(record['rejected'])}" for name, record in checks.items())
     return (
         "[Sign and gaussian noise](contract.md#kinds-of-noise) have [their own "
-        "plan](../experiments/randomness/kinds.py), "
-        f"{len(results)} tests, on {plan['sizes']['elements'] / 1e6:.0f} million elements of each kind in float32 and in "
-        f"bfloat16. At a family-wise level of 0.01 **{verdict}**; the smallest p-value is {smallest['p']:.2g} "
-        f"({smallest['type']}, {smallest['test']}). Of noise that is broken on purpose, this many of them reject, on smaller "
+        f"plan](../experiments/randomness/kinds.py), {len(tests['results'])} tests, on "
+        f"{plan['sizes']['elements'] / 1e6:.0f} million elements of each kind in float32 and in bfloat16. "
+        f"{verdict(plan, tests)} Of noise that is broken on purpose, this many of them reject, on smaller "
         f"samples: {caught}. How far gaussian noise is from the normal distribution is on the page of the contract, and was "
         "computed over all values."
     )

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--scale-by", choices=SCALES)
     options.add_argument("--noise-on", choices=NOISE_ON)
     options.add_argument("--noise", choices=NOISES)
+    options.add_argument("--symmetric", action="store_true")
     options.add_argument("--stream", type=int)
     options.add_argument("--backend", choices=BACKENDS)
     options.add_argument("--under-no-grad", action="store_true")

@@ -123,30 +123,23 @@ class patch_transformers:
     _originals: tuple[Callable, Callable]
 
     def __init__(self, **options: Any) -> None:
-        owner, names = _own_hook()
+        owner, _ = _own_hook()
         _check_options(0.0, options)
         self.options = options
         if not patch_transformers._active:
-            patch_transformers._originals = getattr(owner, names[0]), getattr(owner, names[1])
+            functions = (
+                (_activate, _deactivate) if owner is transformers.trainer else (_activate_method, _deactivate_method)
+            )
+            patch_transformers._originals = _replace_own_hook(functions)
         patch_transformers._active.append(self)
-        self._install()
         _wrap_train()
 
     def undo(self) -> None:
         """Takes this patch back, in any order with others; a second time, nothing."""
         if self in patch_transformers._active:
             patch_transformers._active.remove(self)
-            self._install()
-
-    @staticmethod
-    def _install() -> None:
-        owner, names = _own_hook()
-        functions = patch_transformers._originals
-        if patch_transformers._active:
-            newest = patch_transformers._active[-1]
-            functions = newest._functions() if owner is transformers.trainer else newest._methods()
-        for name, function in zip(names, functions, strict=True):
-            setattr(owner, name, function)
+            if not patch_transformers._active:
+                _replace_own_hook(patch_transformers._originals)
 
     def __enter__(self) -> "patch_transformers":
         return self
@@ -154,35 +147,33 @@ class patch_transformers:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _functions(self) -> tuple[Callable, Callable]:
-        """What replaces the two functions of transformers 5.2 and newer."""
 
-        def activate_neftune(model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None) -> _TrainingNoise:
-            noise = _TrainingNoise("neftune_noise_alpha")
-            unwrapped = model if accelerator is None else accelerator.unwrap_model(model)
-            noise.begin(unwrapped, neftune_noise_alpha, self.options)
-            return noise
+def _activate(model: nn.Module, neftune_noise_alpha: float, accelerator: Any = None) -> _TrainingNoise:
+    """Replaces ``activate_neftune`` of transformers 5.2 and newer. Its options are those of the newest patch."""
+    noise = _TrainingNoise("neftune_noise_alpha")
+    noise.begin(_unwrapped(model, accelerator), neftune_noise_alpha, patch_transformers._active[-1].options)
+    return noise
 
-        def deactivate_neftune(model: nn.Module, hook_handle: Any, accelerator: Any = None) -> None:
-            hook_handle.remove()
-            embedding, _ = input_embeddings(model if accelerator is None else accelerator.unwrap_model(model))
-            if embedding is not None:
-                embedding.__dict__.pop(HOOK_ATTRIBUTE, None)  # some trainers set it without registering the hook
 
-        return activate_neftune, deactivate_neftune
+def _deactivate(model: nn.Module, hook_handle: _TrainingNoise, accelerator: Any = None) -> None:
+    hook_handle.remove()
+    embedding, _ = input_embeddings(_unwrapped(model, accelerator))
+    if embedding is not None:
+        embedding.__dict__.pop(HOOK_ATTRIBUTE, None)  # some trainers set it without registering the hook
 
-    def _methods(self) -> tuple[Callable, Callable]:
-        """What replaces the two methods of the Trainer before that."""
-        activate, deactivate = self._functions()
 
-        def _activate_neftune(trainer: Any, model: nn.Module) -> nn.Module:
-            trainer.neftune_hook_handle = activate(model, trainer.neftune_noise_alpha, trainer.accelerator)
-            return model
+def _unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:
+    return model if accelerator is None else accelerator.unwrap_model(model)
 
-        def _deactivate_neftune(trainer: Any, model: nn.Module) -> None:
-            deactivate(model, trainer.neftune_hook_handle, trainer.accelerator)
 
-        return _activate_neftune, _deactivate_neftune
+def _activate_method(trainer: Any, model: nn.Module) -> nn.Module:
+    """Replaces the Trainer's ``_activate_neftune`` of older transformers."""
+    trainer.neftune_hook_handle = _activate(model, trainer.neftune_noise_alpha, trainer.accelerator)
+    return model
+
+
+def _deactivate_method(trainer: Any, model: nn.Module) -> None:
+    _deactivate(model, trainer.neftune_hook_handle, trainer.accelerator)
 
 
 def _own_hook() -> tuple[Any, tuple[str, str]]:
@@ -195,6 +186,15 @@ def _own_hook() -> tuple[Any, tuple[str, str]]:
         if all(hasattr(owner, name) for name in names):
             return owner, names
     raise RuntimeError(f"patch_transformers needs transformers 4.40 or newer, not {transformers.__version__}")
+
+
+def _replace_own_hook(functions: tuple[Callable, Callable]) -> tuple[Callable, Callable]:
+    """Puts `functions` in the place of the hook's, which are returned."""
+    owner, names = _own_hook()
+    before = getattr(owner, names[0]), getattr(owner, names[1])
+    for name, function in zip(names, functions, strict=True):
+        setattr(owner, name, function)
+    return before
 
 
 def _check_options(alpha: float | Callable[[int], float], options: dict[str, Any]) -> None:

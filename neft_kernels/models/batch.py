@@ -1,5 +1,6 @@
 """What a forward pass says about the sequences in its batch, and how the embedding reads it."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,15 @@ from neft_kernels.ops.magnitude import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from neft_kernels.models.options import NoiseOptions
+    from neft_kernels.models.symmetric import Doubling
 
-__all__ = ["EMPTY_BATCH", "Batch"]
+__all__ = ["CACHES", "EMPTY_BATCH", "Batch", "is_cache"]
 
 #: What a batch may say about its sequences, in the order in which it counts.
 FIELDS = ("attention_mask", "position_ids", "cu_seq_lens", "labels")
+#: Arguments that hold a cache of any class. transformers calls it `cache` from 5.24 on. Its `mems` and `state` are left out,
+#: because models are given those in training too.
+CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Batch:
     called_with: Tensor | None = None
     #: The mask of the decoder, as the model around both was given it.
     decoder_mask: Any = None
+    #: How the model's batch was doubled for symmetric noise.
+    doubling: "Doubling | None" = None
 
     @property
     def is_empty(self) -> bool:
@@ -114,6 +121,14 @@ class Batch:
 
 
 EMPTY_BATCH = Batch()
+
+
+def is_cache(name: str, value: Any) -> bool:
+    """Whether an argument holds a cache: by its class, or by its name unless it is a switch, as ``cache=True``."""
+    # transformers' class of caches, if it is imported; a model of transformers has imported it.
+    if isinstance(value, getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())):
+        return True
+    return name in CACHES and value is not None and not isinstance(value, bool)
 
 
 def _note_without_lengths(ids: Tensor, options: "NoiseOptions") -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
-__all__ = ["OFF", "FirstPasses", "generator_state", "outside_of_selective_checkpointing"]
+__all__ = ["OFF", "FirstPasses", "generator_state", "in_backward", "outside_of_selective_checkpointing"]
 
 #: Bytes of the state of PyTorch's CPU generator: its seed, its position and the first 128 of 624 words; and at the end, the
 #: normally distributed numbers that it keeps for later.
@@ -84,6 +84,11 @@ class FirstPasses:
 
     def __reduce__(self) -> tuple:
         return FirstPasses, ()  # copies and pickles have nothing of the passes under way
+
+
+def in_backward() -> bool:
+    """Whether this runs inside backward, as the passes do that activation checkpointing recomputes."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def generator_state(device: torch.device) -> Hashable:

@@ -29,6 +29,7 @@ class EmbeddingReport:
     scale_by: str
     noise_on: str
     noise: str  # "uniform", "sign" or "gaussian"
+    symmetric: bool  # whether the batch is doubled, and the second half gets the negative noise
     stream: int | None  # None: that of the process's replica
     backend: str
     state: str  # "on", or why there is no noise at this moment
@@ -50,7 +51,7 @@ class EmbeddingReport:
         tokens = "" if self.noise_on == "all" else f" on the {self.noise_on}"
         stream = "of this replica" if self.stream is None else self.stream
         return (
-            f"{self.name} ({self.module}): {described_kind(self.noise)} {self.state}; alpha={self.alpha:g} by "
+            f"{self.name} ({self.module}): {described_kind(self.noise, self.symmetric)} {self.state}; alpha={self.alpha:g} by "
             f"{self.scale_by}{tokens}, {self.strategy} on backend {self.backend!r}, stream {stream}; {last}"
             + (f" [{self.note}]" if self.note else "")
         )
@@ -92,6 +93,7 @@ def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingRep
         scale_by=options.scale_by,
         noise_on=options.noise_on,
         noise=options.noise,
+        symmetric=options.symmetric,
         stream=options.stream,
         backend=choose_backend(noise.last_device or _device_type(module), options.backend),
         state="off: alpha is 0" if state == "on" and shared.alpha.now() == 0 else state,

@@ -54,7 +54,8 @@ class NEFTuneEmbedding(nn.Embedding):
     ) -> None:
         if max_norm is not None:
             raise ValueError("max_norm is not supported: it rewrites the weight in forward")
-        known = NoiseOptions.__dataclass_fields__.keys() - {"argument_names"}  # its forward has names of its own
+        # Its forward has names of its own, and is not the model, whose batch is doubled.
+        known = NoiseOptions.__dataclass_fields__.keys() - {"argument_names", "symmetric"}
         options = {name: kwargs.pop(name) for name in known if name in kwargs}
         model = ModelNoise(NoiseOptions(**options), AlphaSchedule(alpha))
         super().__init__(num_embeddings, embedding_dim, padding_idx, None, *args, **kwargs)

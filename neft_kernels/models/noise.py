@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 from neft_kernels.models.batch import EMPTY_BATCH
-from neft_kernels.models.checkpointing import OFF, FirstPasses, generator_state, outside_of_selective_checkpointing
-from neft_kernels.models.passes import in_backward
+from neft_kernels.models.checkpointing import (
+    OFF,
+    FirstPasses,
+    generator_state,
+    in_backward,
+    outside_of_selective_checkpointing,
+)
 from neft_kernels.models.rearrangement import rearrange
 from neft_kernels.models.sharding import groups_of, seed_and_stream
 from neft_kernels.models.state import ModelNoise
@@ -28,6 +33,7 @@ from neft_kernels.models.strength import (
     rms_of_noise,
     root,
 )
+from neft_kernels.models.symmetric import Doubling
 from neft_kernels.ops.backends import choose_backend, logger
 from neft_kernels.ops.magnitude import noise_magnitude
 
@@ -114,7 +120,8 @@ class EmbeddingNoise:
         seed, stream = seed_and_stream(options.stream, groups, ids.device)
         seed = seed if first is None else first[1]
         # 3. The look-up and the noise.
-        out = op(magnitude=magnitude, noise=options.noise, seed=seed, stream=stream, backend=options.backend)
+        kind = {"noise": options.noise, "symmetric": options.symmetric}
+        out = op(magnitude=magnitude, **kind, seed=seed, stream=stream, backend=options.backend)
         # 4. What describe() reports.
         if not is_compiling and _is_real(magnitude):
             with outside_of_selective_checkpointing():
@@ -137,6 +144,10 @@ class EmbeddingNoise:
                     "the embedding was called outside of the model's forward, so the padded length is used; pass the mask, as "
                     "in model.get_input_embeddings()(input_ids, attention_mask=attention_mask)"
                 )
+        doubling = None
+        if options.symmetric:
+            doubling = self._doubling(look_up, given)
+            given, arguments = doubling.first_half(given), doubling.of_sequences(arguments)
         if part is not None:
             given, arguments = part.whole_rows(given, arguments, options)
 
@@ -151,6 +162,8 @@ class EmbeddingNoise:
                 backend=options.backend,
             )
             magnitude = compute(given, **arguments)
+            if doubling is not None:
+                return doubling.of_both(magnitude)
             if part is not None:
                 return part.of(magnitude)
             if given is ids:
@@ -169,6 +182,29 @@ class EmbeddingNoise:
             self.rms = rms or None  # 0.0 if no token of this batch has noise
         return of_tokens(self.shared.alpha_on(ids.device), rms), note
 
+    def _doubling(self, look_up: LookUp, given: Tensor) -> Doubling:
+        """How the model's batch was doubled for symmetric noise.
+
+        Raises:
+            RuntimeError: it was not, or the look-up is not of both halves, one after the other.
+        """
+        ids, doubling = look_up.ids, self.shared.passes.batch.doubling
+        if doubling is None:
+            raise RuntimeError(
+                f"{self.name}: symmetric=True doubles the batch where the model's forward begins, in training mode, but the "
+                "embedding was called without that; call the model, put it into training mode, and if a wrapper such as a "
+                "PEFT model was added since, call replace_embeddings() on that"
+            )
+        is_whole = given is ids and look_up.part is None and doubling.fits(ids)
+        if is_whole and self.last_magnitude is None and _can_be_compared(ids):
+            is_whole = torch.equal(*ids.chunk(2, doubling.dim))
+        if not is_whole:
+            raise RuntimeError(
+                f"{self.name}: symmetric=True needs a model that looks up input_ids as they are, but it looked up ids of "
+                f"shape {list(ids.shape)} that are not those of the doubled batch; use symmetric=False"
+            )
+        return doubling
+
     def _record(self, look_up: LookUp, magnitude: float | Tensor, note: str) -> None:
         """Keeps what ``describe`` reports. Logs the first batch."""
         ids, is_first, options = look_up.ids, self.last_magnitude is None, self.shared.options
@@ -183,7 +219,7 @@ class EmbeddingNoise:
             logger.info(
                 "%s: %s is on, alpha=%g scaled by %s, backend %s, first batch %s%.3g to %.3g%s%s",
                 self.name,
-                described_kind(options.noise),
+                described_kind(options.noise, options.symmetric),
                 self.shared.alpha.now(),
                 options.scale_by,
                 choose_backend(ids.device.type, options.backend),
@@ -217,6 +253,13 @@ def _is_real(magnitude: float | Tensor) -> bool:
     if not isinstance(magnitude, Tensor):
         return True
     return type(magnitude) is Tensor and not magnitude.is_meta and not torch._C._are_functorch_transforms_active()
+
+
+def _can_be_compared(ids: Tensor) -> bool:
+    """Whether the host can read `ids`. What a module returned in place of ids may differ by its dropout."""
+    return (
+        _is_real(ids) and not torch.compiler.is_compiling() and not ids.is_floating_point() and not _is_capturing(ids)
+    )
 
 
 def _is_capturing(ids: Tensor) -> bool:

@@ -40,6 +40,7 @@ class NoiseOptions:
     under_no_grad: bool = False
     argument_names: Mapping[str, str] | None = field(default=None, hash=False)
     noise: str = "uniform"
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         check_choice("scale_by", self.scale_by, SCALES)
@@ -56,8 +57,13 @@ class NoiseOptions:
             check_group("sequence_group", self.sequence_group)
         elif self.sequence_layout != "contiguous":
             raise ValueError(f"sequence_layout={self.sequence_layout!r} needs a sequence_group")
-        if not isinstance(self.under_no_grad, bool):
-            raise TypeError(f"under_no_grad must be a bool, not {type(self.under_no_grad).__name__}")
+        for name in ("under_no_grad", "symmetric"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+        if self.symmetric and self.sequence_group is not None:
+            raise ValueError(
+                "symmetric=True does not work with a sequence_group, whose ranks hold parts of the sequences; leave one out"
+            )
         if self.argument_names is not None:
             if not isinstance(self.argument_names, Mapping):
                 raise TypeError(f"argument_names must be a dict, not {type(self.argument_names).__name__}")

@@ -7,7 +7,6 @@ may be called directly.
 
 import copy
 import inspect
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.models.batch import EMPTY_BATCH, Batch
+from neft_kernels.models.batch import CACHES, EMPTY_BATCH, Batch, is_cache
+from neft_kernels.models.checkpointing import in_backward
 from neft_kernels.models.lookups import input_embeddings
+from neft_kernels.models.symmetric import BatchDoubler
 from neft_kernels.ops.backends import logger
 
 if TYPE_CHECKING:
     from neft_kernels.models.options import NoiseOptions
     from neft_kernels.models.state import ModelNoise
 
-__all__ = ["BatchHook", "PassStack", "in_backward", "modules_around", "parameters_of_forward"]
+__all__ = ["BatchHook", "PassStack", "modules_around", "parameters_of_forward"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ class PassStack:
         """A pass of `owner` begins inside those that are under way."""
         self._set(_Pass(batch, owner, self._innermost(), torch.compiler.is_compiling()))
 
-    def pop(self, owner: object) -> None:
-        """The innermost pass of `owner` ends, and with it all passes inside of it. Without one, nothing happens."""
+    def pop(self, owner: object) -> Batch:
+        """The innermost pass of `owner` ends, and with it all passes inside of it. Returns its batch, if there was one."""
         innermost = self._innermost()
         while innermost is not None and innermost.owner is not owner:
             innermost = innermost.outside
-        if innermost is not None:
-            self._set(innermost.outside)
+        if innermost is None:
+            return EMPTY_BATCH
+        self._set(innermost.outside)
+        return innermost.batch
 
     def _innermost(self) -> _Pass | None:
         last = self._last
@@ -92,16 +95,8 @@ class PassStack:
         return PassStack, ()  # copies and pickles have nothing of the passes under way
 
 
-def in_backward() -> bool:
-    """Whether this runs inside backward, as the passes do that activation checkpointing recomputes."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 # --- the hook --------------------------------------------------------------------------------------------------------
 
-#: Arguments that hold a cache of any class. transformers calls it `cache` from 5.24 on. Its `mems` and `state` are left out,
-#: because models are given those in training too.
-_CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states")
 _FIELDS = {
     "attention_mask": "attention_mask",
     "position_ids": "position_ids",
@@ -115,7 +110,7 @@ _FIELDS_OF_DECODER = {
     "labels": "labels",
 }
 #: The arguments of a module that say something about the batch.
-_ARGUMENTS = frozenset((*_FIELDS, *_CACHES))
+_ARGUMENTS = frozenset((*_FIELDS, *CACHES))
 
 
 class BatchHook:
@@ -131,8 +126,7 @@ class BatchHook:
         #: The names that this model's forward has for arguments that it calls differently.
         self.names = own_names(shared.options)
         self.warned: set[str] = set()
-        # transformers' class of caches, if it is imported; a model of transformers has imported it.
-        self.cache_class: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+        self.doubler = BatchDoubler(self.positional, self.names)
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
@@ -147,19 +141,21 @@ class BatchHook:
             twin.shared = self.shared.own_copy(memo)
         return memo[id(self)]
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Reads the arguments, and pushes the batch that they describe."""
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Reads the arguments, and pushes the batch that they describe. Returns those with which the module goes on."""
+        passes = self.shared.passes
+        passes.pop(self)  # a pass that an interrupt left behind, because hooks do not run after an interrupt
+        outside, doubling = passes.batch, None
+        if self.shared.options.symmetric and outside is EMPTY_BATCH:
+            args, kwargs, doubling = self.doubler.double(self.shared, module, args, kwargs)
         given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
         ids_name = self.names.get("input_ids", "input_ids")
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping) and ids_name in value]
         if len(mappings) == 1:  # the batch, as sentence-transformers passes it on to its modules
             given |= mappings[0]
         given |= {name: given[own] for name, own in self.names.items() if given.get(own) is not None}
-        has_cache = any(self._is_cache(name, value) for name, value in given.items())
+        has_cache = any(is_cache(name, value) for name, value in given.items())
         given = {name: _readable(value) for name, value in given.items()}
-        passes = self.shared.passes
-        passes.pop(self)  # a pass that an interrupt left behind, because hooks do not run after an interrupt
-        outside = passes.batch
 
         is_decoder = "decoder_input_ids" in given and "input_ids" not in given
         fields = _FIELDS_OF_DECODER if is_decoder else _FIELDS
@@ -186,13 +182,13 @@ class BatchHook:
         # A cache that the model creates and passes to its own parts does not mean generation. Nor does a cache beside labels:
         # prefix tuning passes its prefix as a cache.
         generates = has_cache and outside.is_empty and batch.labels is None
-        batch = replace(batch, generating=outside.generating or generates)
+        batch = replace(batch, generating=outside.generating or generates, doubling=doubling or outside.doubling)
         passes.push(self, batch)
 
         if (
             outside is not EMPTY_BATCH or torch.compiler.is_compiling()
         ):  # a graph would depend on the count, and recompile
-            return
+            return args, kwargs
         self.shared.around.add(module)
         in_training = module.training and torch.is_grad_enabled() and not in_backward()
         if in_training:
@@ -206,18 +202,22 @@ class BatchHook:
         has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
         must_reach = in_training and input_ids is not None and input_ids.ndim > 0 and not has_embeds
         self.shared.reached.pass_begins(must_reach)
+        return args, kwargs
 
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Pops the batch."""
-        self.shared.passes.pop(self)
-        if torch.compiler.is_compiling() or self.shared.passes.batch is not EMPTY_BATCH:
-            return
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Pops the batch. Returns the output for the batch that the module was given, before it was doubled."""
+        batch, outside = self.shared.passes.pop(self), self.shared.passes.batch
+        if batch.doubling is not None and outside is EMPTY_BATCH:
+            output = batch.doubling.output(output)
+        if torch.compiler.is_compiling() or outside is not EMPTY_BATCH:
+            return output
         if self.shared.reached.pass_ends() and output is not None:  # None: the forward failed
             self._warn(
                 "the model's pass in training reached no noisy embedding, so it has no noise; a module that was added "
                 "after replace_embeddings(), such as an adapter, probably looks the tokens up itself; call "
                 "replace_embeddings() again"
             )
+        return output
 
     def _check_wrapper(self, module: nn.Module) -> None:
         wrapper, _ = input_embeddings(module)
@@ -229,12 +229,6 @@ class BatchHook:
                     "DoRA was added after replace_embeddings() and scales the noise too; call it again"
                 )
                 self._warn(self.shared.warning)
-
-    def _is_cache(self, name: str, value: Any) -> bool:
-        """Whether an argument holds a cache: by its class, or by its name unless it is a switch, as ``cache=True``."""
-        if isinstance(value, self.cache_class):
-            return True
-        return name in _CACHES and value is not None and not isinstance(value, bool)
 
     def _warn(self, message: str) -> None:
         if message not in self.warned:

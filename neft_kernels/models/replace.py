@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
+from torch.nn.parallel import DataParallel
 
 from neft_kernels.models.embedding import NEFTuneEmbedding, NoiseHook
 from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, token_embeddings
@@ -43,6 +44,7 @@ def replace_embeddings(
     under_no_grad: bool = False,
     argument_names: Mapping[str, str] | None = None,
     noise: str = "uniform",
+    symmetric: bool = False,
 ) -> Model:
     """Makes the token embeddings of `model` noisy while it trains (NEFTune, arXiv 2310.05914), in place.
 
@@ -77,6 +79,9 @@ def replace_embeddings(
             ``cu_seq_lens`` or ``labels``: its name of each, as ``{"attention_mask": "mask", "position_ids": "input_pos"}``.
         noise: "uniform", "sign" or "gaussian", as in :func:`neft_kernels.noisy_embedding`. Sign noise is that of SymNoise,
             and sqrt(3) times as strong as the others at the same alpha.
+        symmetric: True doubles each batch in training where the model begins, as in SymNoise (arXiv 2312.01523). The second
+            half gets the noise of the first with the other sign, and the loss is the mean over both. The other outputs are
+            those of the first half. The model has to be given labels. A step takes twice the computation and memory.
 
     Returns:
         `model` itself.
@@ -87,12 +92,26 @@ def replace_embeddings(
         RuntimeError: the backend asked for cannot run here.
     """
     options = NoiseOptions(
-        scale_by, noise_on, stream, backend, sequence_group, sequence_layout, under_no_grad, argument_names, noise
+        scale_by=scale_by,
+        noise_on=noise_on,
+        stream=stream,
+        backend=backend,
+        sequence_group=sequence_group,
+        sequence_layout=sequence_layout,
+        under_no_grad=under_no_grad,
+        argument_names=argument_names,
+        noise=noise,
+        symmetric=symmetric,
     )
     shared = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
     embeddings, note = token_embeddings(model)
     if noise_on != "all" and is_encoder_decoder(model):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
+    if symmetric and isinstance(model, DataParallel):
+        raise ValueError(
+            "symmetric=True does not work on a DataParallel, which would split the doubled batch; call replace_embeddings() "
+            "on the model inside"
+        )
     if backend is not None:
         for device in {parameter.device.type for module in embeddings for parameter in module.parameters()}:
             choose_backend(device, backend)

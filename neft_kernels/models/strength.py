@@ -141,9 +141,9 @@ def readable_table(module: nn.Module, ids: Tensor, output: Tensor) -> Tensor | N
     return fitting[-1] if fitting else None
 
 
-def described_kind(noise: str) -> str:
+def described_kind(noise: str, symmetric: bool) -> str:
     """The kind of noise, for people, who expect uniform noise."""
-    return "noise" if noise == "uniform" else f"{noise} noise"
+    return " ".join([*(["symmetric"] if symmetric else []), *([noise] if noise != "uniform" else []), "noise"])
 
 
 def described_ratio(ratio: float) -> str:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.models.checkpointing import OFF, generator_state
+from neft_kernels.models.checkpointing import OFF, generator_state, in_backward
 from neft_kernels.models.noise import EmbeddingNoise
-from neft_kernels.models.passes import in_backward
 
 __all__ = ["HOOK_ATTRIBUTE", "is_on", "state", "warn_of_other_noise"]
 

@@ -27,7 +27,7 @@ class NoisyEmbedding(_OpFunction):
     """Embedding look-up plus noise in one kernel. The gradient is that of the plain embedding.
 
     ``NoisyEmbedding.apply(op, input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, padding_idx,
-    scale_grad_by_freq, sparse, noise)``
+    scale_grad_by_freq, sparse, noise, symmetric)``
 
     All arguments are positional and already checked; :func:`noisy_embedding` checks them and calls this. `op` is an overload
     of ``torch.ops.neft_kernels.noisy_embedding``, and the others are its arguments. A `padding_idx` of -1 is none. The noise
@@ -52,7 +52,8 @@ class NoisyEmbedding(_OpFunction):
 class AddNoise(_OpFunction):
     """Noise on given embeddings. The gradient passes through unchanged.
 
-    ``AddNoise.apply(op, embeds, seed, token_magnitude, magnitude, stream, first_token, noise)``, see :func:`add_noise`.
+    ``AddNoise.apply(op, embeds, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)``, see
+    :func:`add_noise`.
     """
 
     @staticmethod
@@ -142,6 +143,7 @@ def noisy_embedding(
     magnitude: float | Tensor,
     *,
     noise: str = "uniform",
+    symmetric: bool = False,
     seed: int | Tensor | None = None,
     stream: int = 0,
     first_token: int = 0,
@@ -160,6 +162,9 @@ def noisy_embedding(
         noise: "uniform": in (-1, 1), as in NEFTune. "sign": 1 or -1, each as likely, as in SymNoise. "gaussian": normally
             distributed to within 0.004 standard deviations, and never beyond 5.3 of them. The root mean square is 1/sqrt(3)
             for "uniform" and "gaussian", and 1 for "sign".
+        symmetric: whether the second half of the flattened tokens gets the noise of the first half with the other sign, each
+            token times its own magnitude. The number of tokens must then be even. The ids of the halves are usually equal,
+            as in SymNoise: ``torch.cat((input_ids, input_ids))`` for ids of shape ``[B, L]``.
         seed: an int64 tensor of one element, on the device or on the CPU, or an int. None draws a seed from the device's
             default generator. The same seed gives the same noise on every backend and device.
         stream: in [0, 2**32). Replicas that share a seed use different streams.
@@ -184,12 +189,14 @@ def noisy_embedding(
     input_ids = checks.check_input_ids(input_ids, device)
     token_magnitude, number = checks.check_magnitude(magnitude, input_ids.shape, device)
     kind = checks.check_noise(noise)
+    checks.check_symmetric(symmetric, input_ids.shape, "input_ids")
     if stream or first_token:
         checks.check_counters(stream, first_token)
     padding_idx = checks.check_padding_idx(padding_idx, weight.shape[0])
     op = OVERLOADS["noisy_embedding"][choose_backend(device.type, backend)]
     seed = draw_seed(device) if seed is None else checks.check_seed(seed, device)
-    args = (seed, token_magnitude, number, stream, first_token, padding_idx, scale_grad_by_freq, sparse, kind)
+    gradient = (padding_idx, scale_grad_by_freq, sparse)
+    args = (seed, token_magnitude, number, stream, first_token, *gradient, kind, symmetric)
     if forward_ad._current_level >= 0:
         plain = torch.nn.functional.embedding(input_ids, weight, padding_idx if padding_idx >= 0 else None)
         return _with_tangent(op(input_ids, weight.detach(), *args), plain)
@@ -201,6 +208,7 @@ def add_noise(
     magnitude: float | Tensor,
     *,
     noise: str = "uniform",
+    symmetric: bool = False,
     seed: int | Tensor | None = None,
     stream: int = 0,
     first_token: int = 0,
@@ -211,7 +219,7 @@ def add_noise(
     Args:
         embeds: ``[..., D]``; float32, float64, float16 or bfloat16.
         magnitude: what the noise is multiplied by, >= 0: a number, or a float32 tensor broadcastable to ``embeds.shape[:-1]``.
-        noise, seed, stream, first_token, backend: as in :func:`noisy_embedding`.
+        noise, symmetric, seed, stream, first_token, backend: as in :func:`noisy_embedding`.
 
     Returns:
         ``[..., D]``, contiguous, a new tensor. The gradient passes through unchanged.
@@ -223,11 +231,12 @@ def add_noise(
     device = embeds.device
     token_magnitude, number = checks.check_magnitude(magnitude, embeds.shape[:-1], device)
     kind = checks.check_noise(noise)
+    checks.check_symmetric(symmetric, embeds.shape[:-1], "embeds")
     if stream or first_token:
         checks.check_counters(stream, first_token)
     op = OVERLOADS["add_noise"][choose_backend(device.type, backend)]
     seed = draw_seed(device) if seed is None else checks.check_seed(seed, device)
-    args = (seed, token_magnitude, number, stream, first_token, kind)
+    args = (seed, token_magnitude, number, stream, first_token, kind, symmetric)
     if forward_ad._current_level >= 0:
         return _with_tangent(op(embeds.detach(), *args), embeds)
     return _call(AddNoise, embeds, op, embeds, *args)

@@ -27,6 +27,17 @@ def check_noise(noise: str) -> int:
     return NOISES.index(noise)
 
 
+def check_symmetric(symmetric: bool, tokens_shape: torch.Size, name: str) -> None:
+    """If `symmetric` is True, the tokens are two halves. `name` is the argument whose tokens have `tokens_shape`."""
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be True or False, not {type(symmetric).__name__}")
+    if symmetric and math.prod(tokens_shape) % 2:
+        raise ValueError(
+            f"symmetric=True needs an even number of tokens, half of them with the negative noise of the others, but {name} "
+            f"has {math.prod(tokens_shape)} tokens; give each example twice, such as torch.cat(({name}, {name}))"
+        )
+
+
 def check_alpha(alpha: float) -> None:
     """`alpha` is a finite number >= 0."""
     check_number("alpha", alpha)

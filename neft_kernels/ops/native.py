@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["INSTRUCTION_SETS", "NAMESPACE", "load"]
+__all__ = ["INSTRUCTION_SETS", "INTERFACE", "NAMESPACE", "load"]
 
 #: Of the ops in ``torch.ops``: the name of the outermost package. A copy of this folder under another name, as on the Hugging
 #: Face Hub, thus has ops of its own.
@@ -18,6 +18,10 @@ NAMESPACE = (__package__ or "").partition(".")[0]
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 NOT_BUILT = "the extension was not built"
+#: Counts the changes of the kernels' signatures: raise it, and `kInterface` of csrc/module.h, with a schema of
+#: registration.py.
+INTERFACE = 1
+
 _SWITCH = {"cpu": "cpu", "cuda": "1"}
 
 
@@ -33,7 +37,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{NOT_BUILT} in {package}; build it in a checkout: {build}"
     except ImportError as error:
         return None, f"the extension does not load: {error}"
-    if not hasattr(extension, "register_kernels"):
-        return None, "the extension is of an older version of the package; build it again"
+    if getattr(extension, "INTERFACE", None) != INTERFACE:
+        return None, "the extension is of another version of the package; build it again"
     extension.register_kernels(NAMESPACE)
     return extension, ""

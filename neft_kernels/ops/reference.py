@@ -32,6 +32,10 @@ backend.
 6.  Sum. ``out = round_dtype(round_f32(w + round_f32(m * n)))``, ``m`` the token's magnitude rounded to fp32: two
     separate float32 roundings and no fused multiply-add, round to nearest even, NaN and infinity pass through. fp64
     does the same in float64. Where ``m == 0`` the row is returned unchanged, bit for bit.
+7.  Symmetric noise, an option. The ``T`` flattened tokens are two equal halves. The token with index ``t >= T / 2`` gets the
+    noise of the token with index ``t - T / 2`` with the other sign: its ``token`` in 3 is ``first_token + t - T / 2``, and its
+    sum in 6 is ``out = round_dtype(round_f32(w + round_f32(-(m * n))))``. Its row ``w`` and its magnitude ``m`` are its own.
+    The first half is as without the option.
 """
 
 from typing import TypeVar
@@ -158,10 +162,11 @@ def noisy_embedding(
     stream: int,
     first_token: int,
     noise: int = UNIFORM,
+    symmetric: bool = False,
 ) -> Tensor:  # [..., D]
     """``weight[input_ids] + magnitude * noise``; ids are taken to be in range."""
     embeds = weight.index_select(0, input_ids.reshape(-1)).reshape(*input_ids.shape, weight.shape[1])
-    return add_noise(embeds, seed, token_magnitude, magnitude, stream, first_token, noise)
+    return add_noise(embeds, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
 
 
 def add_noise(
@@ -172,6 +177,7 @@ def add_noise(
     stream: int,
     first_token: int,
     noise: int = UNIFORM,
+    symmetric: bool = False,
 ) -> Tensor:  # [..., D]
     """``embeds + magnitude * noise``."""
     *leading, embedding_dim = embeds.shape
@@ -185,12 +191,15 @@ def add_noise(
         token_magnitude = torch.full((), magnitude, dtype=torch.float32, device=embeds.device)
     magnitudes = token_magnitude.expand(leading).reshape(num_tokens, 1)
 
+    first_negated = num_tokens // 2 if symmetric else num_tokens
     tokens_at_once = max(1, _MAX_BLOCKS_AT_ONCE * 4 // embedding_dim)
     for start in range(0, num_tokens, tokens_at_once):
         part = slice(start, min(start + tokens_at_once, num_tokens))
-        tokens = first_token + torch.arange(part.start, part.stop, device=embeds.device)
+        index = torch.arange(part.start, part.stop, device=embeds.device)
+        negated = index >= first_negated
+        tokens = first_token + torch.where(negated, index - first_negated, index)
         n = shape_noise(uniform(tokens, embedding_dim, embeds.dtype, seed, stream), noise)
-        out_rows[part] = _add(rows[part], magnitudes[part], n)
+        out_rows[part] = _add(rows[part], magnitudes[part], torch.where(negated[:, None], -n, n))
     return out
 
 

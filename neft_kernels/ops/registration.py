@@ -15,14 +15,15 @@ from torch import Tensor
 
 from . import reference
 from .backends import BACKENDS, switches
-from .checks import check_id_values, check_magnitude_values
+from .checks import check_id_values, check_magnitude_values, check_symmetric
 from .native import NAMESPACE
 
 __all__ = ["OVERLOADS", "kernel_of"]
 
 _NOISE = "Tensor seed, Tensor? token_magnitude, float magnitude, int stream, SymInt first_token"
 _GRADIENT = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
-_KIND = "int noise=0"  # the index in NOISES; last, because graphs are saved that do not have it
+# `noise` is the index in NOISES. These are last, in the order in which they came, because saved graphs may lack them.
+_KIND = "int noise=0, bool symmetric=False"
 _SCHEMAS = {
     "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}, {_KIND}) -> Tensor",
     "add_noise": f"(Tensor embeds, {_NOISE}, {_KIND}) -> Tensor",
@@ -102,17 +103,29 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
         noise: int = reference.UNIFORM,
+        symmetric: bool = False,
     ) -> Tensor:
+        check_symmetric(symmetric, input_ids.shape, "input_ids")
         if input_ids.device.type == "cpu":
             check_magnitude_values(token_magnitude, magnitude)
         if input_ids.device.type == "cpu" or switches.check_ids:
             check_id_values(input_ids, weight.shape[0])
-        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, noise)
+        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
 
-    def add_noise(embeds: Tensor, seed: Tensor, token_magnitude: Tensor | None, magnitude: float, *rest: Any) -> Tensor:
+    def add_noise(
+        embeds: Tensor,
+        seed: Tensor,
+        token_magnitude: Tensor | None,
+        magnitude: float,
+        stream: int,
+        first_token: int,
+        noise: int = reference.UNIFORM,
+        symmetric: bool = False,
+    ) -> Tensor:
+        check_symmetric(symmetric, embeds.shape[:-1], "embeds")
         if embeds.device.type == "cpu":
             check_magnitude_values(token_magnitude, magnitude)
-        return compute(embeds, seed, token_magnitude, magnitude, *rest)
+        return compute(embeds, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
 
     checked: dict[str, Callable[..., Tensor]] = {"noisy_embedding": noisy_embedding, "add_noise": add_noise}
     return checked.get(op, compute)

@@ -125,6 +125,34 @@ def _round_to(value, dtype: tl.constexpr):
     return rounded
 
 
+@triton.jit
+def _row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows):
+    # Of each token, [R].
+    if token_magnitude is None:
+        m = tl.full(tokens.shape, magnitude, tl.float32)
+    else:
+        m = tl.load(token_magnitude + tokens, mask=is_token, other=0.0)
+    if input_ids is None:
+        row = tokens
+    else:
+        # An id that is out of range reads row 0 and makes it NaN.
+        row = tl.load(input_ids + tokens, mask=is_token, other=0).to(tl.int64)
+        valid = row.to(tl.uint64) < num_rows.to(tl.uint64)
+        row = tl.where(valid, row, 0)
+        m = tl.where(valid, m, float("nan"))
+    return row, m
+
+
+@triton.jit
+def _store_noisy(target, w, m, noise, inside):
+    # Each row is stored once. Two stores cost less than a choice between their values, element by element.
+    m = m[:, None]
+    wide = _widen(w)
+    noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), w.dtype)
+    tl.store(target, noisy, mask=inside & (m != 0))
+    tl.store(target, w, mask=inside & (m == 0))
+
+
 # The kernel is not specialized on the values of numbers. Whatever changes the code is a constant. So a captured CUDA graph,
 # whose seeds are on the device, launches the kernel that was compiled for seeds that are given by value.
 @triton.jit(do_not_specialize=range(5, 15))
@@ -139,7 +167,7 @@ def noisy_rows_kernel(
     magnitude,
     stream,
     first_token,
-    num_tokens,
+    num_tokens,  # that the grid is for: all of them, or the first half if SYMMETRIC
     num_rows,
     embedding_dim,  # in units, as the stride of the rows
     row_stride,
@@ -149,6 +177,7 @@ def noisy_rows_kernel(
     ROWS: tl.constexpr,
     VECTORS: tl.constexpr,
     NOISE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,  # a program also writes the same tokens of the second half, with the noise negated
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     COLUMNS: tl.constexpr = VECTORS * (128 // dtype.primitive_bitwidth)
@@ -166,32 +195,24 @@ def noisy_rows_kernel(
     is_token = tokens < num_tokens
     inside = is_token[:, None] & (columns < tl.minimum(embedding_dim - first_column, COLUMNS).to(tl.int32))[None, :]
 
-    if token_magnitude is None:
-        m = tl.full([ROWS], magnitude, tl.float32)
-    else:
-        m = tl.load(token_magnitude + tokens, mask=is_token, other=0.0)
-    if input_ids is None:
-        row = tokens
-    else:
-        # An id that is out of range reads row 0 and makes it NaN.
-        row = tl.load(input_ids + tokens, mask=is_token, other=0).to(tl.int64)
-        valid = row.to(tl.uint64) < num_rows.to(tl.uint64)
-        row = tl.where(valid, row, 0)
-        m = tl.where(valid, m, float("nan"))
-    m = m[:, None]
+    # What is loaded comes first, so that all of it is under way before the noise is drawn.
+    row, m = _row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows)
+    if SYMMETRIC:
+        others = tokens + num_tokens
+        other_row, other_m = _row_and_magnitude(input_ids, token_magnitude, magnitude, others, is_token, num_rows)
+    rows += first_column * column_stride
+    offsets = columns.to(tl.int64)[None, :] * column_stride
+    w = tl.load((rows + row * row_stride)[:, None] + offsets, mask=inside)
+    if SYMMETRIC:
+        other_w = tl.load((rows + other_row * row_stride)[:, None] + offsets, mask=inside)
 
-    source = (rows + row * row_stride + first_column * column_stride)[:, None]
-    w = tl.load(source + columns.to(tl.int64)[None, :] * column_stride, mask=inside)
     given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
     noise = _noise(first_token + tokens, vectors, seed, stream, dtype, NOISE)
-    wide = _widen(w)
-    noisy = _round_to(wide + m.to(wide.dtype) * noise.to(wide.dtype), dtype)
-
-    # Each row is stored once. Two stores cost less than a choice between their values, element by element.
-    target = (out + tokens * embedding_dim + first_column)[:, None] + columns[None, :]
-    tl.store(target, noisy, mask=inside & (m != 0))
-    tl.store(target, w, mask=inside & (m == 0))
+    out += first_column
+    _store_noisy((out + tokens * embedding_dim)[:, None] + columns[None, :], w, m, noise, inside)
+    if SYMMETRIC:
+        _store_noisy((out + others * embedding_dim)[:, None] + columns[None, :], other_w, -other_m, noise, inside)
 
 
 @functools.lru_cache(maxsize=64)
@@ -224,6 +245,7 @@ def _noisy_rows(
     stream: int,
     first_token: int,
     noise: int,
+    symmetric: bool,
 ) -> Tensor:
     num_rows, embedding_dim = rows.shape
     num_tokens = num_rows if input_ids is None else input_ids.numel()
@@ -250,11 +272,13 @@ def _noisy_rows(
     )
     unit = columns_of_vector if is_aligned else 1
     rows_of_tile, vectors, num_warps, column_tiles = _tile(embedding_dim, rows.element_size())
+    if symmetric:  # a thread has two vectors of either half
+        num_tokens, num_warps = num_tokens // 2, num_warps * 2
     numbers = (
         *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
-    constants = (unit, column_stride == 1, rows_of_tile, vectors, noise)
+    constants = (unit, column_stride == 1, rows_of_tile, vectors, noise, symmetric)
     launch_kernel(
         noisy_rows_kernel,
         tile_grid(num_tokens, rows_of_tile, column_tiles),
@@ -276,10 +300,11 @@ def noisy_embedding(
     stream: int,
     first_token: int,
     noise: int = UNIFORM,
+    symmetric: bool = False,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
     out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token, noise)
+    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
 
 
 def add_noise(
@@ -290,10 +315,11 @@ def add_noise(
     stream: int,
     first_token: int,
     noise: int = UNIFORM,
+    symmetric: bool = False,
 ) -> Tensor:
     """See :func:`neft_kernels.ops.reference.add_noise`."""
     out = embeds.new_empty(embeds.shape)
     if out.numel() == 0:
         return out
     rows = embeds.reshape(-1, embeds.shape[-1])
-    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token, noise)
+    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)

@@ -99,42 +99,38 @@ def trainer_with_its_own_option():
         assert_noisy_for_three_steps(trainer("option", [watch], neftune_noise_alpha=ALPHA), watch)
 
 
-def accelerate_with_ddp():
+def accelerated(wrapper, configure=lambda accelerator: None):
+    """Two steps of a model in the `wrapper` that accelerate puts it into, made noisy before that and after it."""
     for replace_first in (True, False):
         accelerator = Accelerator(cpu=True)
+        configure(accelerator)
         model = llama()
         if replace_first:
             replace_embeddings(model, ALPHA)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model, optimizer = accelerator.prepare(model, optimizer)
-        assert isinstance(model, DistributedDataParallel)
+        assert isinstance(model, wrapper)
         if not replace_first:
             replace_embeddings(model, ALPHA)
         steps(accelerator, model, optimizer)
         AcceleratorState._reset_state()
 
 
+def accelerate_with_ddp():
+    accelerated(DistributedDataParallel)
+
+
 def accelerate_with_fsdp2():
-    for replace_first in (True, False):
-        plugin = FullyShardedDataParallelPlugin(
+    def shard(accelerator):
+        # Without an accelerator accelerate ignores the plugin, though what it does with it runs on CPUs.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
-        accelerator = Accelerator(cpu=True)
-        # Without an accelerator accelerate ignores the plugin, though what it does with it runs on CPUs.
-        accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
-        model = llama()
-        if replace_first:
-            replace_embeddings(model, ALPHA)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        assert isinstance(model, FSDPModule)
-        if not replace_first:
-            replace_embeddings(model, ALPHA)
-        steps(accelerator, model, optimizer)
-        AcceleratorState._reset_state()
+
+    accelerated(FSDPModule, shard)
 
 
 def steps(accelerator, model, optimizer):

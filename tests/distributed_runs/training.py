@@ -23,6 +23,7 @@ from neft_kernels import describe, replace_embeddings, restore_embeddings
 
 rank, ranks = dist.get_rank(), dist.get_world_size()
 STEPS = 20
+SYMMETRIC = {"symmetric": True, "noise": "sign"}
 CHECKPOINT = Path(sys.argv[1]) / "checkpoint"
 
 
@@ -47,8 +48,11 @@ def trained(model, optimizer, steps=range(STEPS)):
     return losses
 
 
-def trained_by_one_process(model, dtype=torch.float32):
-    """All replicas, one after the other, with parameters that are cast to `dtype` while they compute; losses of `rank`."""
+def trained_by_one_process(model, dtype=torch.float32, **options):
+    """All replicas, one after the other, with parameters that are cast to `dtype` while they compute; losses of `rank`.
+
+    `options` are those of replace_embeddings().
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(STEPS):
@@ -57,7 +61,7 @@ def trained_by_one_process(model, dtype=torch.float32):
             twin = copy.deepcopy(model)
             for parameter in twin.parameters():
                 parameter.data = parameter.data.to(dtype)
-            replace_embeddings(twin, stream=replica)
+            replace_embeddings(twin, stream=replica, **options)
             torch.manual_seed(step)
             loss = twin(**training_batch(step, replica)).loss
             loss.backward()
@@ -88,19 +92,20 @@ def assert_equal_weights(state, reference):
 
 
 def ddp_trains_as_one_process():
-    reference, model = llama(), llama()
-    losses = trained_by_one_process(reference)
-    wrapped = DistributedDataParallel(replace_embeddings(model))
-    assert trained(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-2)) == losses
-    assert_equal_weights(model.state_dict(), reference)
-    assert losses[-1] < losses[0]
+    for options in ({}, SYMMETRIC):
+        reference, model = llama(), llama()
+        losses = trained_by_one_process(reference, **options)
+        wrapped = DistributedDataParallel(replace_embeddings(model, **options))
+        assert trained(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-2)) == losses
+        assert_equal_weights(model.state_dict(), reference)
+        assert losses[-1] < losses[0]
 
 
 def fsdp2_trains_as_one_process():
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), (torch.float32, SYMMETRIC)):
         reference = llama()
-        losses = trained_by_one_process(reference, dtype)
-        model = sharded(replace_embeddings(llama()), MixedPrecisionPolicy(param_dtype=dtype))
+        losses = trained_by_one_process(reference, dtype, **options)
+        model = sharded(replace_embeddings(llama(), **options), MixedPrecisionPolicy(param_dtype=dtype))
         assert trained(model, torch.optim.AdamW(model.parameters(), lr=1e-2)) == losses, dtype
         assert_equal_weights(model.state_dict(), reference)
         without_noise = sharded(llama(), MixedPrecisionPolicy(param_dtype=dtype))

@@ -1,4 +1,4 @@
-"""A tiny model of every model type of the installed transformers that looks up token ids, and a batch to train it on.
+"""A tiny model of every model type of the installed transformers that looks up token ids.
 
 A model type's own default configuration is walked field by field, sub-configurations included, and its sizes are replaced
 by small ones: :data:`SIZES`. What that rule of thumb does not know stands in :data:`EXCEPTIONS`.
@@ -6,7 +6,6 @@ by small ones: :data:`SIZES`. What that rule of thumb does not know stands in :d
 
 import dataclasses
 import inspect
-import math
 import re
 from typing import Any
 
@@ -16,6 +15,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from helpers.architecture_limits import NOT_BUILT, REFUSED
 
 WIDTH, HEADS, HEAD_DIM, LAYERS, EXPERTS = 64, 4, 16, 2, 4
 VOCABULARY, FIRST_ID = 128, 40  # ids below are kept for special tokens
@@ -163,54 +164,6 @@ TASKS = (
     "",  # the base model
 )
 
-#: Model types that cannot be built or called here, and why.
-NOT_BUILT = {
-    **dict.fromkeys(
-        ("fast_vlm", "gemma3n", "omdet-turbo", "pe_audio_video", "pe_video", "perception_lm"), "needs timm"
-    ),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts on the keys and values of another model"),
-    "higgs_audio_v2_tokenizer": "needs torchaudio",
-    "inkling_mm_model": "needs scipy",
-    "layoutlmv2": "needs detectron2",
-    "tvp": "takes a batch of one video only",
-    "voxtral_realtime_text": "its auto class does not exist",
-}
-
-#: Model types whose token embedding cannot be told: none of their parts names one, or it is no module.
-REFUSED = (
-    *("canine", "clvp", "dia", "fastspeech2_conformer", "fastspeech2_conformer_with_hifigan", "grounding-dino"),
-    *("groupvit", "mm-grounding-dino", "nemotron3_5_asr", "nemotron_asr_streaming", "owlv2", "owlvit"),
-    *("parakeet_rnnt", "parakeet_tdt", "perceiver", "sam3", "sam3_lite_text", "sam3_lite_text_text_model", "vits"),
-)
-
-#: Arguments of models that hear a stream of sound: what they keep of it from one piece to the next.
-CACHES_OF_SOUND = ("encoder_cache", "padding_cache")
-
-_TEXT_PART = "only its text part names its embedding"
-_PARAMETRIZED = "parametrized convolutions cannot be pickled"
-#: What these models cannot do without noise either, and why.
-CANNOT: dict[str, dict[str, str]] = {
-    "deepcopy": {"recurrent_gemma": "keeps the states of its last pass, which are no leaves"},
-    "pickle": {
-        **dict.fromkeys(("colpali", "pe_audio"), "transformers hooks a local function on it"),
-        **dict.fromkeys(
-            ("apertus1p5", "musicgen", "musicgen_melody", "speech-encoder-decoder", "speecht5"), _PARAMETRIZED
-        ),
-    },
-    "resize": {
-        **dict.fromkeys(("encoder-decoder", "musicgen", "musicgen_melody", "speech-encoder-decoder"), "not supported"),
-        **dict.fromkeys(("ibert", "vision-encoder-decoder"), "not supported"),
-        **dict.fromkeys(("csm", "kyutai_speech_to_text"), "several codebooks in one table"),
-        "cpmant": "its table holds its prompts as well",
-        "esm": "its output keeps its size",
-        **dict.fromkeys(("aimv2", "align", "altclip", "chinese_clip", "clap", "clip", "clipseg"), _TEXT_PART),
-        **dict.fromkeys(("flava", "metaclip_2", "pe_audio", "pp_formulanet", "vision-text-dual-encoder"), _TEXT_PART),
-        "xclip": _TEXT_PART,
-    },
-    "reload": {"shieldgemma2": "from_pretrained() does not know the names that save_pretrained() gives its weights"},
-    "checkpoint": {"pi0": "needs the cache that checkpointing turns off"},
-}
-
 
 def model_types() -> list[str]:
     """All model types that can be made noisy here."""
@@ -312,117 +265,3 @@ def _split_rotary_dimensions(config: PretrainedConfig) -> None:
         rope = config.rope_parameters
         half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
         rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
-
-
-def batch(model: nn.Module) -> dict[str, Any]:
-    """Arguments of one training step, of the language part alone where the model allows it. Its first row has padding."""
-    parameters = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(1)
-    ids, decoder_ids = torch.randint(FIRST_ID, VOCABULARY, (2, BATCH, LENGTH), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, -PADDING:] = 0
-    ids = ids * mask
-    given = {"decoder_input_ids": decoder_ids}
-    if "input_ids" in parameters:  # else a mask would be that of the sound or the image
-        given |= {"input_ids": ids, "attention_mask": mask}
-    if re.search("LM|Generation|Seq2Seq", type(model).__name__):
-        given["labels"] = decoder_ids if "decoder_input_ids" in parameters else ids.masked_fill(mask == 0, -100)
-    given = {name: value for name, value in given.items() if name in parameters}
-    more = INPUTS.get(model.config.model_type, {})
-    given |= more(model.config) if callable(more) else more
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _numbers(*shape: int) -> torch.Tensor:
-    return torch.linspace(-1, 1, BATCH * math.prod(shape)).view(BATCH, *shape)
-
-
-def _codes(*shape: int) -> torch.Tensor:
-    """Ids in several codebooks."""
-    return torch.arange(math.prod(shape)).view(shape) % 50 + 3
-
-
-_PIXELS = {"pixel_values": _numbers(3, IMAGE, IMAGE)}
-_VIDEO = _numbers(2, 3, IMAGE, IMAGE)
-_FEATURES = {"input_features": _numbers(128, 64)}
-_WAVE = {"input_values": _numbers(4000)}
-_BOXES = torch.tensor([1, 2, 8, 9]).expand(BATCH, LENGTH, 4)
-_CODEBOOKS = {"decoder_input_ids": _codes(BATCH * 4, LENGTH), "labels": None}
-_NO_LABELS = {"labels": None}
-_QUERY = {"qformer_input_ids": torch.full((BATCH, 5), FIRST_ID)}
-
-#: By model type: what a batch of text lacks, or has too much (None); also as a function of the configuration.
-INPUTS: dict[str, Any] = {
-    **dict.fromkeys(("aimv2", "align", "altclip", "blip", "bridgetower", "chinese_clip", "clip", "clipseg"), _PIXELS),
-    **dict.fromkeys(
-        ("git", "metaclip_2", "siglip", "vilt", "vision-encoder-decoder", "vision-text-dual-encoder"), _PIXELS
-    ),
-    "clap": {"input_features": _numbers(1, 1001, 64), "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool)},
-    "pe_audio": {"input_values": torch.ones(BATCH, 1, 1920 * 4)},
-    "xclip": {"pixel_values": _VIDEO},
-    **dict.fromkeys(("moonshine", "moonshine_streaming", "speech-encoder-decoder", "speecht5"), _WAVE),
-    **dict.fromkeys(("canary", "cohere_asr"), _FEATURES),
-    **dict.fromkeys(("gradium_phonon_tts", "pocket_tts"), _NO_LABELS),
-    **dict.fromkeys(("musicgen", "musicgen_melody"), _CODEBOOKS),
-    # The language model of these three is an OPT here, which has no encoder.
-    "blip-2": {**_PIXELS, "decoder_input_ids": None},
-    "instructblip": {**_PIXELS, **_QUERY, "decoder_input_ids": None},
-    "instructblipvideo": {"pixel_values": _VIDEO, **_QUERY, "decoder_input_ids": None},
-    "bros": {"bbox": _BOXES},
-    "csm": {"input_ids": _codes(BATCH, LENGTH, 32), "labels": None},
-    "idefics": {"pixel_values": _numbers(1, 3, IMAGE, IMAGE), "image_attention_mask": torch.ones(BATCH, LENGTH, 1)},
-    "kosmos-2": lambda config: {
-        **_PIXELS,
-        "image_embeds_position_mask": (torch.arange(LENGTH) < config.latent_query_num).expand(BATCH, LENGTH),
-    },
-    "kyutai_speech_to_text": {"input_ids": _codes(BATCH, LENGTH, 33)},
-    "lxmert": lambda config: {
-        "visual_feats": torch.ones(BATCH, 3, config.visual_feat_dim),
-        "visual_pos": torch.ones(BATCH, 3, config.visual_pos_dim),
-        "labels": None,
-    },
-    "molmo2": {"mm_token_type_ids": torch.zeros(BATCH, LENGTH, dtype=torch.long)},
-    "pi0": lambda config: {
-        "state": torch.ones(BATCH, config.max_state_dim),
-        "actions": torch.ones(BATCH, config.chunk_size, config.max_action_dim),
-        "pixel_values": _numbers(1, 3, IMAGE, IMAGE),
-        "pixel_attention_mask": torch.ones(BATCH, 1, dtype=torch.bool),
-    },
-    "pix2struct": lambda config: {
-        "flattened_patches": torch.ones(BATCH, 6, config.vision_config.patch_embed_hidden_size + 2)
-    },
-    "pp_formulanet": {**_PIXELS, "input_ids": None, "attention_mask": None},
-    "siglip2": {
-        "pixel_values": torch.ones(BATCH, 4, 768),
-        "pixel_attention_mask": torch.ones(BATCH, 4),
-        "spatial_shapes": torch.tensor([[2, 2]] * BATCH),
-    },
-    "speech_to_text": {"input_features": _numbers(64, 80)},
-    "splinter": dict.fromkeys(
-        ("question_positions", "start_positions", "end_positions"), torch.ones(BATCH, 1, dtype=torch.long)
-    ),
-    "udop": {"bbox": _BOXES / 10},
-    "videoprism": {"pixel_values_videos": _VIDEO},
-    "voxtral_realtime": {"input_features": _numbers(128, 8 * LENGTH)},
-    "whisper": {"input_features": _numbers(80, 2 * POSITIONS)},
-}
-
-
-def floats(output: Any) -> list[torch.Tensor]:
-    """All floating-point tensors in a model's output."""
-    if isinstance(output, torch.Tensor):
-        return [output] if output.is_floating_point() else []
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in floats(part)]
-
-
-def loss(output: Any) -> torch.Tensor:
-    """The model's own loss, or for want of one a projection of its outputs."""
-    own = output.get("loss") if isinstance(output, dict) else None
-    if own is not None:
-        return own
-    outputs = (each.float() for each in floats(output) if each.requires_grad)
-    return sum((each * torch.linspace(-1, 1, each.numel()).view_as(each)).mean() for each in outputs)

@@ -83,16 +83,24 @@ def noise_of(numerator, bits, noise):
     return values
 
 
-def nearest_float32(value):
-    """The float32 nearest to a fraction, as a fraction; ties to even. For what is zero or neither tiny nor huge."""
+SIGNIFICANT_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+
+
+def nearest(value, bits):
+    """The number of so many significant bits that is nearest to a fraction; ties to even. The exponent has no limits."""
     if value == 0:
         return value
-    unit = Fraction(1)  # of the last of 24 bits
-    while abs(value) >= unit * 2**24:
+    unit = Fraction(1)  # of the last bit
+    while abs(value) >= unit * 2**bits:
         unit *= 2
-    while abs(value) < unit * 2**23:
+    while abs(value) < unit * 2 ** (bits - 1):
         unit /= 2
     return round(value / unit) * unit  # Python rounds a fraction to the nearest integer, ties to even
+
+
+def nearest_float32(value):
+    """The float32 nearest to a fraction, as a fraction; ties to even. For what is zero or neither tiny nor huge."""
+    return nearest(value, SIGNIFICANT_BITS["float32"])
 
 
 def word_of(value):
@@ -128,6 +136,13 @@ def gaussian_by_fractions(numerator, bits):
 # --- the sum ---------------------------------------------------------------------------------------------------------
 
 
+def sum_by_fractions(row, magnitude, noise, dtype_name, negated):
+    """The sum of one column in fractions. For results that are zero or neither tiny nor huge."""
+    working = SIGNIFICANT_BITS["float64" if dtype_name == "float64" else "float32"]
+    product = nearest(magnitude * noise, working)
+    return nearest(nearest(row + (-product if negated else product), working), SIGNIFICANT_BITS[dtype_name])
+
+
 def bfloat16_to_float32(patterns):
     return (patterns.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
@@ -140,12 +155,16 @@ def float32_to_bfloat16(values):
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def add_noise(embeds, dtype_name, magnitude, seed=0, stream=0, first_token=0, noise="uniform"):
+def add_noise(embeds, dtype_name, magnitude, seed=0, stream=0, first_token=0, noise="uniform", symmetric=False):
     """embeds [..., D] in STORAGE[dtype_name], magnitude a number or broadcastable to embeds.shape[:-1] -> as embeds."""
     assert embeds.dtype == STORAGE[dtype_name]
     rows = embeds.reshape(-1, embeds.shape[-1])
     bits = 8 * rows.itemsize
     tokens = [first_token + index for index in range(len(rows))]
+    if symmetric:
+        half, odd = divmod(len(rows), 2)
+        assert not odd
+        tokens = tokens[:half] * 2
     numerator = numerators(tokens, rows.shape[1], bits, seed, stream)
     m = np.broadcast_to(np.asarray(magnitude, np.float32), embeds.shape[:-1]).reshape(-1, 1)
     working = np.float64 if dtype_name == "float64" else np.float32
@@ -153,6 +172,8 @@ def add_noise(embeds, dtype_name, magnitude, seed=0, stream=0, first_token=0, no
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         wide = bfloat16_to_float32(rows) if dtype_name == "bfloat16" else rows.astype(working)
         product = m.astype(working) * n
+        if symmetric:
+            product[half:] = -product[half:]
         noisy = wide + product
         assert noisy.dtype == product.dtype == working
         narrow = float32_to_bfloat16(noisy) if dtype_name == "bfloat16" else noisy.astype(rows.dtype)

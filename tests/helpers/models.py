@@ -4,7 +4,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neft_kernels import NEFTuneEmbedding, describe, replace_embeddings
+from neft_kernels import NEFTuneEmbedding, describe, no_noise, replace_embeddings
 
 D = 16
 IDS = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 0, 0]])
@@ -73,6 +73,29 @@ def batch():
 
 def names(model):
     return [report.name for report in describe(model)]
+
+
+def noise_in(model, inputs):
+    """What the noise adds to each noisy embedding's output in one forward pass, by name."""
+    outputs = {}
+
+    def record(name):
+        def hook(module, args, output):
+            outputs[f"{name}, of the decoder" if name in outputs else name] = output.detach().clone()
+
+        return hook
+
+    # Hooks run in their order, so these see the output with its noise.
+    modules = {name: model.get_submodule(name) for name in names(model)}
+    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+    model(**inputs)
+    noisy = dict(outputs)
+    outputs.clear()
+    with no_noise(model):
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return {name: noisy[name] - outputs[name] for name in noisy}
 
 
 def llama():

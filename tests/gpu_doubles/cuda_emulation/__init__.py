@@ -54,6 +54,7 @@ class Arguments(ctypes.Structure):
         ("guard_after", ctypes.c_int32),
         ("noise", ctypes.c_int32),
         ("seed_by_value", ctypes.c_int32),
+        ("symmetric", ctypes.c_int32),
         ("few_threads", ctypes.c_int32),
         ("out", ctypes.c_void_p),
         ("times_written", ctypes.c_void_p),
@@ -110,9 +111,17 @@ def arguments_of(rows, ids=None, token_magnitude=None, magnitude=0.0, identity=I
     return arguments, out
 
 
-def expected_of(rows, ids=None, token_magnitude=None, magnitude=0.0, identity=IDENTITIES[1], noise=reference.UNIFORM):
+def expected_of(
+    rows,
+    ids=None,
+    token_magnitude=None,
+    magnitude=0.0,
+    identity=IDENTITIES[1],
+    noise=reference.UNIFORM,
+    symmetric=False,
+):
     seed, stream, first_token = identity
-    arguments = (torch.tensor([seed]), token_magnitude, magnitude, stream, first_token, noise)
+    arguments = (torch.tensor([seed]), token_magnitude, magnitude, stream, first_token, noise, symmetric)
     if ids is None:
         return reference.add_noise(rows, *arguments)
     valid = (ids >= 0) & (ids < len(rows))

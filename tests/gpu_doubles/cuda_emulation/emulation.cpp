@@ -99,6 +99,7 @@ struct Arguments {
   int32_t guard_after;     // memory faults right after its last byte, or else right before its first
   int32_t noise;           // a NoiseKind
   int32_t seed_by_value;
+  int32_t symmetric;
   int32_t few_threads;     // a grid that needs several goes at a row, and the third dimension for rows
   void* out;
   uint8_t* times_written;  // for every byte of `out`
@@ -122,7 +123,8 @@ Rows<RowOf> rows_of(const Arguments& a, const void* storage, void* out, RowOf ro
           a.token_magnitude ? static_cast<const float*>(token_magnitude) : nullptr,
           a.magnitude,
           a.stream,
-          a.first_token};
+          a.first_token,
+          a.symmetric ? a.num_tokens / 2 : 0};
 }
 
 template <class Element, class RowOf>
@@ -223,9 +225,9 @@ void plan(int element, int64_t num_tokens, int64_t num_columns, uint32_t* grid_a
   kPlan[element](num_tokens, num_columns, grid_and_threads);
 }
 
-// The token of one thread.
+// The position of the token of one thread.
 int64_t token_of(const Index* grid, const Index* threads, const Index* block, const Index* thread) {
-  return place_of<Fp32>(*grid, *threads, *block, *thread).token;
+  return place_of<Fp32>(*grid, *threads, *block, *thread).position;
 }
 
 // The last row of an fp32 output of any size, written by the threads of the last block of threads, in memory that is
