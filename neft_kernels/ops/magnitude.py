@@ -100,12 +100,11 @@ def noise_magnitude(
         magnitude = _magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
         _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
-        is_packed = attention_mask is not None and position_ids is not None and cu_seq_lens is None
-        if is_packed and input_ids.shape[-1] > 1:
-            position_ids = _without_positions_of_padding(attention_mask, position_ids)  # type: ignore[arg-type]
-            attention_mask = _without_packed_padding(attention_mask, position_ids)  # type: ignore[arg-type]
         kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens, backend)
         if kernel is None:
+            if attention_mask is not None and position_ids is not None and cu_seq_lens is None:
+                position_ids = _without_positions_of_padding(attention_mask, position_ids)
+                attention_mask = _without_packed_padding(attention_mask, position_ids)
             magnitude = _magnitude_by_sequence(
                 alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens
             )
@@ -189,8 +188,8 @@ def _without_positions_of_padding(attention_mask: Tensor, position_ids: Tensor) 
     positions, present = position_ids.expand(attention_mask.shape), attention_mask != 0
     columns = torch.arange(positions.shape[-1], device=positions.device)
     last = torch.where(present, columns, -1).cummax(-1).values
-    filling = torch.where(last < 0, 1, positions.gather(-1, last.clamp(min=0)).clamp(min=1))
-    return torch.where(present, positions, filling)
+    filling = torch.where(last < 0, 1, positions.gather(-1, last.clamp(min=0)))
+    return torch.where(present, positions, torch.where(filling == 0, 1, filling))
 
 
 def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -198,6 +197,8 @@ def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Ten
 
     It is a run of sequences of one token at the end of a row, unless padding that the mask tells stands before it.
     """
+    if attention_mask.shape[-1] == 1:
+        return attention_mask
     begins = _begins(position_ids.expand(attention_mask.shape), has_mask=True)[..., 1:]
     present = attention_mask != 0
     pad = torch.nn.functional.pad
