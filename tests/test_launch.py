@@ -53,7 +53,7 @@ def noise():
         num_attention_heads=1)
     model = transformers.LlamaForCausalLM(config)
     transformers.trainer.activate_neftune(model, 5.0)
-    return [dataclasses.asdict(each.shared.options) for _, _, each in noisy_modules(model)]
+    return [dataclasses.asdict(each.model_noise.options) for _, _, each in noisy_modules(model)]
 
 if __name__ == "__main__":
     print(json.dumps(noise()))
@@ -209,7 +209,7 @@ def test_what_goes_wrong_with_the_patch_is_an_error(below):
         ([], 2, "the command is missing"),
         (["--"], 2, "the command is missing"),
         (["--scale-by", "banana", "true"], 2, "invalid choice: 'banana'"),
-        (["--stream", "-1", "true"], 2, "stream must be None or in [0, 2**32), not -1"),
+        (["--stream", "-1", "true"], 2, "stream must be in [0, 2**32), not -1"),
         (["--alpha", "5", "true"], 2, "unrecognized arguments: --alpha"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import nn
 from helpers.models import build
 from helpers.tables import TABLES, Model, padded_batch, ratio_by_hand
 from neft_kernels import describe, no_noise, replace_embeddings, set_alpha
-from neft_kernels.models.strength import LookUp
+from neft_kernels.models.strength import CleanEmbeddings
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -54,8 +54,8 @@ def test_the_ratio_is_of_the_last_batch():
 
 
 def test_embeddings_are_measured_in_the_first_batch_and_after_a_report(monkeypatch, caplog):
-    measured, squares = [], LookUp.squares
-    monkeypatch.setattr(LookUp, "squares", lambda *args: measured.append(0) or squares(*args))
+    measured, squares = [], CleanEmbeddings.squares
+    monkeypatch.setattr(CleanEmbeddings, "squares", lambda *args: measured.append(0) or squares(*args))
     model = replace_embeddings(Model("plain"), alpha=5.0)
     with caplog.at_level(logging.INFO, "neft_kernels"):  # whose line about the first batch is no report
         for _ in range(3):

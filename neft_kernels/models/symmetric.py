@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from neft_kernels.models.batch import is_cache
-from neft_kernels.models.checkpointing import FirstPasses, generator_state, in_backward
+from neft_kernels.models.checkpointing import FirstPasses, in_backward, rng_state_of
 from neft_kernels.ops.magnitude import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from neft_kernels.models.state import ModelNoise
+    from neft_kernels.models.model_noise import ModelNoise
 
 __all__ = ["BatchDoubler", "Doubling"]
 
@@ -116,7 +116,7 @@ class BatchDoubler:
         self._first_passes = FirstPasses()
 
     def double(
-        self, shared: "ModelNoise", module: nn.Module, args: tuple, kwargs: dict[str, Any]
+        self, model_noise: "ModelNoise", module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any], Doubling | None]:
         """The arguments of `module` for the doubled batch, and how it was doubled: None if it was not, as in evaluation.
 
@@ -125,7 +125,7 @@ class BatchDoubler:
         """
         keys = [*self.positional[: len(args)], *(f"number {index}" for index in range(len(self.positional), len(args)))]
         given = {self._usual(key): value for key, value in (*zip(keys, args, strict=True), *kwargs.items())}
-        if not self._is_to_be_doubled(shared, module, given):
+        if not self._is_to_be_doubled(model_noise, module, given):
             return args, kwargs, None
         doubling = _doubling(module, given)
         new_args = tuple(_doubled(self._usual(key), value, doubling) for key, value in zip(keys, args, strict=True))
@@ -134,20 +134,20 @@ class BatchDoubler:
     def _usual(self, key: str) -> str:
         return self.usual.get(key, key)
 
-    def _is_to_be_doubled(self, shared: "ModelNoise", module: nn.Module, given: dict[str, Any]) -> bool:
+    def _is_to_be_doubled(self, model_noise: "ModelNoise", module: nn.Module, given: dict[str, Any]) -> bool:
         """Whether this pass has noise: it is one in training, and not of generation."""
         tokens = next((given[name] for name in ("input_ids", *LABELS) if isinstance(given.get(name), Tensor)), None)
-        state = None if tokens is None or torch.compiler.is_compiling() else generator_state(tokens.device)
+        rng_state = None if tokens is None else rng_state_of(tokens.device)
         if in_backward():  # recomputed: the whole model, or a part of it, which is given the doubled batch
-            return tokens is not None and self._first_passes.recall(tokens, state, exactly=True) is not None
-        if not module.training or not (torch.is_grad_enabled() or shared.options.under_no_grad):
+            return tokens is not None and self._first_passes.recall(tokens, rng_state, exactly=True) is not None
+        if not module.training or not (torch.is_grad_enabled() or model_noise.options.under_no_grad):
             return False
-        if shared.paused or shared.alpha.is_always_zero():
+        if model_noise.paused or model_noise.alpha.is_always_zero():
             return False
         if given.get("labels") is None and any(is_cache(name, value) for name, value in given.items()):
             return False
         if tokens is not None and not torch.compiler.is_compiling():
-            self._first_passes.remember(tokens, state, True)
+            self._first_passes.remember(tokens, rng_state, True)
         return True
 
 

@@ -22,7 +22,7 @@ __all__ = ["OVERLOADS", "kernel_of"]
 
 _NOISE = "Tensor seed, Tensor? token_magnitude, float magnitude, int stream, SymInt first_token"
 _GRADIENT = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
-# `noise` is the index in NOISES. These are last, in the order in which they came, because saved graphs may lack them.
+# `noise` is the index in NOISE_KINDS. These are last, in the order in which they came, because saved graphs may lack them.
 _KIND = "int noise=0, bool symmetric=False"
 _SCHEMAS = {
     "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}, {_KIND}) -> Tensor",
