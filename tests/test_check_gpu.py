@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from neft_kernels.ops.reference import NOISE_KINDS
-from tools import machine_code
+from tools import compiled_kernels, machine_code
 from tools.compiled_kernels import Kernel, complaints
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +28,9 @@ def test_kernels_pass():
     result = check_gpu("--quick", *([] if HAS_NVCC else ["--no-nvcc"]), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+    for noise in NOISE_KINDS:  # two loads of either row
+        pattern = rf"sm_90 +triton +noisy_embedding +bfloat16 +symmetric {noise} +16 bytes .* 128:4 .* 0\n"
+        assert re.search(pattern, result.stdout)
     for source in ("triton", "cuda") if HAS_NVCC else ("triton",):
         for op, noise in itertools.product(("noisy_embedding", "add_noise"), NOISE_KINDS):
             assert re.search(rf"sm_90 +{source} +{op} +bfloat16 +{noise} +16 bytes .* 128:4 .* 0\n", result.stdout)
@@ -148,6 +151,20 @@ def test_each_guard_alone(sentence):
     code = machine_code.from_sass(*BAD[sentence])
     (complaint,) = complaints(Kernel("sm_90", "triton", "op", "bfloat16", "", code), 80, 25)
     assert sentence in complaint
+
+
+def test_symmetric_noise_has_less_than_two_draws_may_have():
+    """Its budget is for 16 bytes of two rows, and for two calls of a thread."""
+    for noise in NOISE_KINDS:
+        budget = compiled_kernels.MAX_SYMMETRIC_INSTRUCTIONS[noise]
+        assert budget < 2 * compiled_kernels.MAX_INSTRUCTIONS[noise]
+        for instructions in (2 * budget, 2 * budget + 1):
+            extra = instructions - machine_code.from_sass(GOOD_SASS, GOOD_USAGE).instructions
+            code = machine_code.from_sass(GOOD_SASS + extra * "/*0070*/ MOV R2, R4 ;\n", GOOD_USAGE)
+            kernel = Kernel("sm_90", "triton", "op", "bfloat16", "", code, noise, symmetric=True)
+            found = list(complaints(kernel, 80, 25))
+            sentence = f"has {instructions} instructions for symmetric {noise} noise, more than {2 * budget}"
+            assert found == ([sentence] if instructions > 2 * budget else [])
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,18 @@ def test_kinds_of_noise(library, dtype, width, kind):
         assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [9, 64, 2048])
+def test_symmetric_noise(library, dtype, width):
+    """Pairs of ids that are equal, that differ, and that are out of range; each row is still written once."""
+    rows = table(dtype, width)
+    for ids in (None, ids_of(torch.int32)[[0, 1, 2, 5, 0, 4, 3, 5]], ids_of(torch.int64)[[0, 1, 2, 5, 0, 4, 3, 5]]):
+        for noise in ({"magnitude": 0.3}, {"token_magnitude": torch.cat((PER_TOKEN, torch.ones(1)))}):
+            for switches in ({"guard_after": 1}, {"guard_after": 0, "few_threads": 1}):
+                _, out = emulate(library, rows, ids, **noise, symmetric=1, **switches)
+                assert equal_bits(out, expected_of(rows, ids, **noise, symmetric=True)), (ids, noise, switches)
+
+
 @pytest.mark.parametrize("identity", IDENTITIES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_seeds_streams_and_tokens(library, dtype, identity):

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks import records
-from experiments.effect import analysis, report_pretrained
+from experiments.effect import analysis, report_pretrained, report_sign
 from experiments.effect import report as effect_report
 from experiments.effect import run as effect
 from experiments.effect.analysis import MINUS
-from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, RMS, Run, runs
+from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, RMS, SIGN, SIGN_SYMMETRIC, Run, runs
 
 SMALL = PRESETS["small"]
 #: By seed, what no noise explains; the mean is 0, and alpha does not change it, so it must not widen any interval.
@@ -177,6 +177,35 @@ def test_a_run_is_known_by_its_settings():
         for key, value in asdict(getattr(SMALL, part)).items():
             changed = replace(getattr(SMALL, part), **{key: not value if isinstance(value, bool) else value + 1})
             assert effect.settings(replace(SMALL, **{part: changed}), run, START) != effect.settings(SMALL, run, START)
+
+
+def test_sign_noise_and_symmetric_noise(written):
+    """The noises against each other: their intervals are 4.303 x 0.02 / sqrt(3) = 0.050 wide to each side."""
+    preset = PRESETS["smollm2-sign"]
+    true = {SIGN: 0.5, SIGN_SYMMETRIC: 0.0, OURS: 0.0}
+    outcomes = {"held_out_loss": 5.0, "train_loss": 4.0, "answer_tokens": 20.0, "repeated_4grams": 0.5, "rouge_l": 0.1}
+    untouched = {"preset": "smollm2", "stage": "untouched", "start": START, "embedding_rms": 0.1, "held_out_pairs": 94}
+    references = {"outcomes": outcomes, "references": {"answer_tokens": 36.0}, "training_pairs_to_draw_from": 398}
+    records.append("effect", {**untouched, **references, "parameters": 135_000_000}, written)
+    for run in runs(preset):
+        record = record_of(replace(run, noise_by=OURS))
+        record |= {"preset": "smollm2-sign", "settings": effect.settings(preset, run, START)}
+        spread = {OURS: 0.0, SIGN: 0.02, SIGN_SYMMETRIC: 0.04}[run.noise_by] * (1, -1, 0)[run.seed]
+        record["outcomes"]["held_out_loss"] = 3 + (true[run.noise_by] + spread if run.alpha else 0.0)
+        record["first_update"] = {"noise_rms": 0.1 * run.alpha, "embedding_rms": 0.5}
+        records.append("effect", record, written)
+    page = written / "effect.md"
+    page.write_text("<!-- effect-sign:begin -->\n<!-- effect-sign:end -->\n")
+    report_sign.main(page)
+    text = page.read_text()
+    assert (
+        "3 seeds for each condition: alpha 5, alpha 15, sign 5, sign 15, symmetric sign 5, symmetric sign 15." in text
+    )
+    differ = ("sign 5 against alpha 5", "sign 15 against alpha 15", "symmetric sign 5 against sign 5")
+    assert f"it differs for {'; '.join(differ)}; symmetric sign 15 against sign 15." in text
+    assert "| sign 5 against alpha 5 | **+0.500 ± 0.050** |" in text
+    assert "| symmetric sign 5 against alpha 5 | +0.000 ± 0.099 |" in text
+    assert f"| symmetric sign 15 against sign 15 | **{MINUS}0.500 ± 0.050** |" in text
 
 
 SMOLLM2 = PRESETS["smollm2"]

@@ -17,9 +17,19 @@ RUN = (sys.executable, "-m", "neft_kernels", "run")
 VARIABLES = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 CHOSEN = [
-    *("--scale-by", "batch", "--noise-on", "prompt", "--noise", "sign", "--symmetric", "--stream", "3"),
-    *("--backend", "reference", "--under-no-grad"),
+    "--scale-by",
+    "batch",
+    "--noise-on",
+    "prompt",
+    "--noise",
+    "sign",
+    "--symmetric",
+    "--stream",
+    "3",
+    "--backend",
+    "reference",
 ]
+CHOSEN += ["--under-no-grad"]
 OPTIONS = {
     "scale_by": "batch",
     "noise_on": "prompt",

@@ -6,6 +6,7 @@ drawn anew. ``--hypothesis-show-statistics`` says how many ran.
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from helpers import independent, strategies
 from helpers.bits import equal_bits, expected_embedding_grad
 from helpers.contract import differences, to_storage_array
-from helpers.devices import DTYPES, capped, kernels
+from helpers.devices import CPU_BACKENDS, DTYPES, capped, kernels
 from helpers.options import OPTIONS
 from neft_kernels import add_noise, noise_magnitude, noisy_embedding
 
@@ -77,7 +78,7 @@ def test_a_batch_in_parts_has_the_bits_of_the_whole(case, data):
     """Cut anywhere, with first_token moved on by as much; and in any other shape of the same tokens."""
     ids = case.ids.to(torch.int64).flatten()
     magnitude = torch.as_tensor(case.magnitude, dtype=torch.float32).expand(case.ids.shape).flatten()
-    noise = {**case.noise, "first_token": min(case.noise["first_token"], 2**63 - 1 - len(ids))}
+    noise = {**case.noise, "first_token": min(case.noise["first_token"], 2**63 - 1 - len(ids)), "symmetric": False}
     embeds = case.embeds.reshape(len(ids), case.weight.shape[1])
     whole = noisy_embedding(case.ids, case.weight, case.magnitude, **noise).view(embeds.shape)
     whole_sum = add_noise(case.embeds, case.magnitude, **noise).view(embeds.shape)
@@ -196,10 +197,7 @@ def lengths_of_tokens(batch, row, length):
     return lengths + [0] * (length - len(lengths))
 
 
-@examples(600)
-@given(strategies.batches(), st.integers(1, 5000), st.booleans())
-def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, alpha_is_a_tensor):
-    alpha = torch.tensor(batch.alpha, dtype=torch.float64) if alpha_is_a_tensor else batch.alpha
+def check_magnitude(batch, embedding_dim, alpha, backend):
     got = noise_magnitude(
         torch.zeros(batch.shape, dtype=torch.int64),
         embedding_dim,
@@ -210,6 +208,7 @@ def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, al
         labels=batch.labels,
         scale_by=batch.scale_by,
         noise_on=batch.noise_on,
+        backend=backend,
     )
     expected = expected_magnitude(batch, embedding_dim)
     if isinstance(got, float):
@@ -217,6 +216,27 @@ def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, al
     else:
         assert got.dtype == torch.float32
         assert torch.equal(got.expand(batch.shape), expected.to(torch.float32))
+
+
+@examples(600)
+@given(strategies.batches(), st.integers(1, 5000), st.booleans())
+def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, alpha_is_a_tensor):
+    for backend in ("cpu", "reference"):
+        check_magnitude(batch, embedding_dim, batch.alpha, backend)
+    if alpha_is_a_tensor:
+        check_magnitude(batch, embedding_dim, torch.tensor(batch.alpha, dtype=torch.float64), None)
+
+
+@pytest.mark.skipif("triton" not in CPU_BACKENDS, reason="Triton's interpreter does not run beside a GPU")
+@examples(200)
+@given(strategies.batches(), st.sampled_from((2, 4)), st.sampled_from((2, 4, 8)))
+def test_magnitude_of_rows_of_several_tiles(batch, tile, step):
+    """Of the Triton kernel: sequences, padding and gaps that begin and end in any tile."""
+    from neft_kernels.ops import triton_magnitude
+
+    assume(batch.scale_by == "sequence" and batch.boundaries is None and batch.positions is not None)
+    with mock.patch.multiple(triton_magnitude, MOST_TOKENS=tile, MOST_TOKENS_AT_ONCE=step):
+        check_magnitude(batch, 64, batch.alpha, "triton")
 
 
 def test_the_draws_reach_what_the_contract_names():
@@ -249,6 +269,7 @@ def test_the_draws_reach_what_the_contract_names():
         seen.update(("negative seed",) if noise["seed"] < 0 else ())
         seen.update(("seed beyond 32 bits",) if abs(noise["seed"]) >= 2**32 else ())
         seen.update(("stream beyond 31 bits",) if noise["stream"] >= 2**31 else ())
+        seen.update(("symmetric",) if noise["symmetric"] and case.ids.numel() else ())
         seen.update(("token beyond 63 bits",) if noise["first_token"] + case.ids.numel() > 2**63 else ())
 
     layouts = ("expanded", "transposed", "with gaps", "unaligned")
@@ -256,7 +277,7 @@ def test_the_draws_reach_what_the_contract_names():
     wanted |= {f"{name} {layout}" for name in ("weight", "ids", "embeds", "magnitude") for layout in layouts}
     wanted |= {"ids empty", "embeds empty", "magnitude is a number", "zeros among magnitudes", "broadcast magnitude"}
     wanted |= {"NaN", "infinity", "subnormal", "odd width", "negative seed", "seed beyond 32 bits"}
-    wanted |= {"stream beyond 31 bits", "token beyond 63 bits"}
+    wanted |= {"stream beyond 31 bits", "token beyond 63 bits", "symmetric"}
     # Hypothesis draws from the constants in the sources as well, so a change anywhere changes the draws; the rarest of what is
     # wanted is there from 1 to 18 times in 400 examples. Up to five runs, for one run's examples are akin.
     for number in range(5):

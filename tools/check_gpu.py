@@ -30,6 +30,7 @@ from neft_kernels.ops.reference import NOISE_KINDS
 from tools.compiled_kernels import (
     MAIN_TARGETS,
     PAST_2_GIB,
+    SYMMETRIC,
     TARGETS,
     TURING,
     Kernel,
@@ -118,6 +119,11 @@ def check_triton(
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
+    for kind, name in enumerate(NOISE_KINDS):
+        of_pairs = (seed, torch.zeros(64), 0.1, 0, 0, kind, True)
+        launches["noisy_embedding", f"{SYMMETRIC}{name}"] = partial(triton_noise.noisy_embedding, ids, rows, *of_pairs)
+        if name == NOISE_KINDS[0]:
+            launches["add_noise", f"{SYMMETRIC}{name}"] = partial(triton_noise.add_noise, rows, *of_pairs)
     for kind, name in enumerate(NOISE_KINDS[1:], start=1):
         of_kind = (seed, torch.zeros(64), 0.1, 0, 0, kind)
         launches["noisy_embedding", f"{name}, {ids_name}"] = partial(triton_noise.noisy_embedding, ids, rows, *of_kind)
@@ -138,9 +144,11 @@ def check_triton(
         if op not in ops:
             continue
         (code,) = machine_code(target_name, launch, options)
-        noise_kind = next((kind for kind in NOISE_KINDS if variant.startswith(kind)), NOISE_KINDS[0])
+        kind_of_noise = variant.removeprefix(SYMMETRIC)
+        noise_kind = next((kind for kind in NOISE_KINDS if kind_of_noise.startswith(kind)), NOISE_KINDS[0])
         name = f"{variant}, width {rows.shape[1]}"
-        kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind))
+        symmetric = variant.startswith(SYMMETRIC)
+        kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind, symmetric))
     return kernels
 
 
@@ -247,7 +255,7 @@ def main() -> None:
     print_table(kernels)
     for kernel in kernels:
         for complaint in complaints(kernel, options.max_registers, options.max_multiplies):
-            what = f"{kernel.noise} {kernel.dtype}"
+            what = f"{kernel.kind_of_noise} {kernel.dtype}"
             name = f"{kernel.source} {kernel.op} for {kernel.target}, {what} ({kernel.variant})"
             problems.append(f"{name} {complaint}")
     if not kernels:

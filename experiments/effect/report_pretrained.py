@@ -5,6 +5,7 @@ python -m experiments.effect.report_pretrained [--preset smollm2-gpu]
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from experiments.effect.analysis import (
     cell,
     seeds_of,
 )
-from experiments.effect.plan import OURS, PACKED, PRESETS, RMS, runs
+from experiments.effect.plan import OURS, PACKED, PRESETS, RMS, SIGN, SIGN_SYMMETRIC, runs
 
 SECTION = "effect-pretrained"
 BY_ALPHA, BY_RMS = Arm("alpha", PACKED, OURS, ""), Arm("rms", PACKED, RMS, "")
+BY_SIGN, BY_PAIRS = Arm("sign", PACKED, SIGN, ""), Arm("symmetric sign", PACKED, SIGN_SYMMETRIC, "")
 NONE: Treatment = (BY_ALPHA, 0)
 
 
 def treatments(preset: str) -> list[Treatment]:
     """All noises of the preset, in its order."""
-    arms = {arm.noise_by: arm for arm in (BY_ALPHA, BY_RMS)}
+    arms = {arm.noise_by: arm for arm in (BY_ALPHA, BY_RMS, BY_SIGN, BY_PAIRS)}
     return [
         (arms[condition.noise_by], alpha)
         for condition in PRESETS[preset].conditions
@@ -51,16 +53,16 @@ def effects(results: Results, noises: list[Treatment], outcome: Outcome) -> dict
     return dict(zip(map(title, noises), found, strict=True))
 
 
-def findings(results: Results, noises: list[Treatment]) -> str:
-    """A line for each outcome."""
+def findings(results: Results, noises: list[Treatment], paper: bool = True) -> str:
+    """A line for each outcome, with what NEFTune's paper says of it."""
     lines = []
     for outcome in OUTCOMES:
         said: dict[str, list[str]] = {}
         for noise, effect in effects(results, noises, outcome).items():
             said.setdefault(effect.direction, []).append(noise)
-        paper = f" (in the paper it {outcome.in_paper})" if outcome.in_paper else ""
+        in_paper = f" (in the paper it {outcome.in_paper})" if outcome.in_paper and paper else ""
         words = "; ".join(f"{direction} at {', '.join(names)}" for direction, names in said.items())
-        lines.append(f"- **{outcome.title}**{paper}: {words}.")
+        lines.append(f"- **{outcome.title}**{in_paper}: {words}.")
     return "\n".join(lines)
 
 
@@ -137,11 +139,16 @@ def unfinished(preset: str) -> str:
 
 
 def main(preset: str = "smollm2", page: Path = DOCS / "effect.md") -> None:
+    write(preset, page, SECTION, section)
+
+
+def write(preset: str, page: Path, name: str, text: Callable[[Results, str], str]) -> None:
+    """Puts `text` of the results into the section `name` of `page`, or how many runs are still to come."""
     try:
-        text = section(Results(preset), preset)
+        written = text(Results(preset), preset)
     except TooFewRuns:
-        text = unfinished(preset)
-    write_section(page, SECTION, text)
+        written = unfinished(preset)
+    write_section(page, name, written)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ class NEFTuneEmbedding(nn.Embedding):
 
     Args:
         num_embeddings, embedding_dim, padding_idx, args, kwargs: as in ``nn.Embedding``. ``max_norm`` is not supported.
-        alpha, and the options in kwargs: as in :func:`neft_kernels.replace_embeddings`. If a ``sequence_group`` is set, the
-            masks given to forward may be those of the rank's part or those of the whole sequences.
+        alpha, and the options in kwargs: as in :func:`neft_kernels.replace_embeddings`, without ``argument_names`` and
+            ``symmetric``. If a ``sequence_group`` is set, the masks given to forward may be those of the rank's part or those
+            of the whole sequences.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value. The message names it.
