@@ -40,7 +40,8 @@ test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Trit
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
-EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py choice.py noise_kinds.py symmetric_ops.py magnitude.py ops.py errors.py properties.py)
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py choice.py noise_kinds.py symmetric_ops.py \
+	symmetric_gradients.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
 	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu or stand_in" \
