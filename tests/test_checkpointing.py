@@ -199,6 +199,15 @@ def reference_pass_after(model):
     return loss
 
 
+def reference_pass_in_the_same_state(model):
+    state = torch.get_rng_state()
+    loss = model(IDS, attention_mask=MASK).square().sum()
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        model(IDS, attention_mask=MASK)
+    return loss
+
+
 def reference_pass_before(model):
     with torch.no_grad():
         model(IDS, attention_mask=MASK)
@@ -228,6 +237,7 @@ def copies_of_several(model):
 
 PASSES = [
     reference_pass_after,
+    reference_pass_in_the_same_state,
     reference_pass_before,
     two_masks,
     without_noise_after,
