@@ -118,7 +118,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py choice.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	rearrangement.py passes.py caches.py strength.py rms.py checkpointing.py huggingface.py lookups.py copies.py \
+	rearrangement.py passes.py caches.py strength.py rms.py checkpointing.py first_passes.py huggingface.py lookups.py copies.py \
 	cuda_sources.py gpu.py)
 
 GPU_BUILD ?= 1
