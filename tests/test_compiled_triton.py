@@ -84,7 +84,7 @@ def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
             SEED,
             None,
             *(0, 0, 0.1, 3, first_token, num_rows, num_rows, width // 8, width // 8, 1),
-            *(8, True, rows_of_tile, vectors, reference.UNIFORM),
+            *(8, True, rows_of_tile, vectors, reference.UNIFORM, False),
             num_warps=num_warps,
             enable_fp_fusion=False,
         )
@@ -161,7 +161,29 @@ def test_magnitudes_of_more_than_two_to_the_31_tokens():
 def test_fusing_is_noticed():
     """The guard of all comparisons: with Triton's own default the product and the sum would be one instruction."""
     rows, out = table(4, 64, torch.float32), torch.empty(4, 64)
-    arguments = (out, rows, None, SEED, None, 0, 0, 0.1, 0, 0, 4, 4, 16, 16, 1, 4, True, 32, 16, reference.UNIFORM)
+    arguments = (
+        out,
+        rows,
+        None,
+        SEED,
+        None,
+        0,
+        0,
+        0.1,
+        0,
+        0,
+        4,
+        4,
+        16,
+        16,
+        1,
+        4,
+        True,
+        32,
+        16,
+        reference.UNIFORM,
+        False,
+    )
     try:
         triton_noise.noisy_rows_kernel[(1, 1, 1)](*arguments, num_warps=4, enable_fp_fusion=True)
     except Unsupported:

@@ -255,7 +255,7 @@ def test_the_tuner_tries_each_tile_and_leaves_none_behind(results, monkeypatch, 
     kept = [each for tile in tune_gpu._compiled_for.values() for each in tile.items()]
     assert len(kept) == len(tiles)
     assert tiles == {
-        (*(value for _, value in key[-3:-1]), compiled.metadata.num_warps, compiled.metadata.maxnreg)
+        (*(value for _, value in key[-4:-2]), compiled.metadata.num_warps, compiled.metadata.maxnreg)
         for key, compiled in kept
     }
     assert before == constants()

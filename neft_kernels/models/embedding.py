@@ -121,7 +121,10 @@ class NEFTuneEmbedding(nn.Embedding):
 
 def is_unreadable(weight: Tensor) -> bool:
     """Whether the kernels cannot read `weight`: it is a DTensor, or quantised, as torchao does it to a table in place."""
-    return type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
+    if type(weight) is nn.Parameter:
+        return False
+    # To torch.compile a DTensor is no wrapper.
+    return sharding.is_dtensor(weight) or is_traceable_wrapper_subclass(weight)
 
 
 class NoiseHook:
