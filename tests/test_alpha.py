@@ -133,5 +133,6 @@ def test_a_recomputed_pass_is_not_counted():
         else:
             logits = network(ids, use_cache=False).logits
         logits.square().sum().backward()
+        assert describe(network)[0].alpha == 5.0  # of step 0 still
         gradients.append(network.get_input_embeddings().weight.grad.clone())
     assert torch.equal(*gradients)

@@ -200,3 +200,22 @@ def test_what_was_given_a_class_of_its_own_after_ours_is_plain_once_restored():
     assert torch.equal(model(ids), model[0].weight[ids])
     assert describe(model) == ()
     assert describe(replace_embeddings(model, alpha=2.0))[0].alpha == 2.0
+
+
+class TakesAMask(nn.Module):
+    """An embedding whose forward has an argument of the name that a noisy embedding takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.mask = nn.Parameter(torch.zeros(10, 4)), None
+
+    def forward(self, ids, attention_mask=None):
+        self.mask = attention_mask
+        return self.weight[ids]
+
+
+def test_an_embedding_that_takes_a_mask_itself_is_given_it():
+    model, ids = replace_embeddings(Around(TakesAMask())), torch.arange(10)[None]
+    mask = torch.ones_like(ids)
+    assert model(ids, attention_mask=mask).any()
+    assert model.look_up.mask is mask

@@ -106,6 +106,25 @@ def test_the_table_inside_of_a_wrapper_is_measured():
     assert describe(model)[0].last_magnitude[0] == pytest.approx(expected, rel=0.05)
 
 
+class OfCodebooks(nn.Embedding):
+    """Adds up the rows of several ids, so the ids have another shape than the tokens."""
+
+    def forward(self, input):
+        return super().forward(input).sum(-2)
+
+
+def test_embeddings_of_several_codebooks_are_measured_themselves():
+    table = replace_embeddings(OfCodebooks(VOCABULARY, WIDTH), 0.1, scale_by="rms")
+    batch = {"input": torch.randint(VOCABULARY, (8, 50, 3))}
+    assert ratio_by_hand(table, batch) == pytest.approx(0.1, rel=0.02)
+
+
+def test_on_the_meta_device_nothing_is_measured():
+    with torch.device("meta"):
+        table = NEFTuneEmbedding(VOCABULARY, WIDTH, alpha=0.1, scale_by="rms")
+        assert table(torch.zeros(2, 3, dtype=torch.int64)).shape == (2, 3, WIDTH)
+
+
 def test_a_schedule_that_begins_at_zero_measures_all_the_same():
     model = replace_embeddings(Model("quantized"), lambda step: 0.1 * min(step, 1), scale_by="rms")
     batch = padded_batch()
