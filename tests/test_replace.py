@@ -108,6 +108,14 @@ def test_embeddings_given_beside_the_ids_raise_no_alarm(caplog):
     assert NOT_REACHED not in caplog.text
 
 
+def test_a_single_id_raises_no_alarm(caplog):
+    """transformers looks special tokens up so; the plain embedding returns its row."""
+    model = replace_embeddings(Either())
+    with caplog.at_level(logging.WARNING, logger="neft_kernels"):
+        model(torch.tensor(3))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("part", ["model", "model.embed_tokens", ""])
 def test_what_is_compiled_raises_no_alarm(part, caplog):
     torch._dynamo.reset()

@@ -282,15 +282,8 @@ def _noisy_rows(
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
     constants = (unit, column_stride == 1, tokens_of_tile, vectors, kind, symmetric)
-    launch_kernel(
-        noisy_rows_kernel,
-        tile_grid(num_tokens, tokens_of_tile, column_tiles),
-        tensors,
-        numbers,
-        *constants,
-        num_warps=num_warps,
-        max_registers=MAX_REGISTERS if unit > 1 else None,
-    )
+    grid, most = tile_grid(num_tokens, tokens_of_tile, column_tiles), MAX_REGISTERS if unit > 1 else None
+    launch_kernel(noisy_rows_kernel, grid, tensors, numbers, *constants, num_warps=num_warps, max_registers=most)
     return out
 
 
