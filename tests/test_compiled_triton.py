@@ -45,8 +45,8 @@ def test_no_byte_is_moved_in_vain(dtype, width):
     assert launch.traffic.shared_bytes == 0
     assert launch.traffic.instructions["bar"] == 0
     # Besides, a warp reads a seed and, for each row that it has, an id and a magnitude: a sector each.
-    rows_of_tile, vectors, warps_of_tile, _ = triton_noise._tile(width, dtype.itemsize)
-    rows_of_warp = max(1, rows_of_tile * 32 // vectors)
+    tokens_of_tile, vectors, warps_of_tile, _ = triton_noise._tile(width, dtype.itemsize)
+    rows_of_warp = max(1, tokens_of_tile * 32 // vectors)
     warps = warps_of_tile * math.prod(launch.grid)
     beside = launch.traffic.sectors["load"] * SECTOR_BYTES - row_bytes
     assert 0 < beside <= warps * (1 + 2 * rows_of_warp) * SECTOR_BYTES
@@ -73,8 +73,8 @@ def test_symmetric_noise_draws_once_and_moves_no_byte_in_vain(dtype, width):
 
 def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
     """Runs `blocks` of a launch on `num_rows` rows, of which memory has those from element `first` on."""
-    rows_of_tile, vectors, num_warps, column_tiles = triton_noise._tile(width, 2)
-    launch_grid = triton_launch.tile_grid(num_rows, rows_of_tile, column_tiles)
+    tokens_of_tile, vectors, num_warps, column_tiles = triton_noise._tile(width, 2)
+    launch_grid = triton_launch.tile_grid(num_rows, tokens_of_tile, column_tiles)
     gpu.blocks = blocks(launch_grid)
     try:
         triton_noise.noisy_rows_kernel[launch_grid](
@@ -84,7 +84,7 @@ def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
             SEED,
             None,
             *(0, 0, 0.1, 3, first_token, num_rows, num_rows, width // 8, width // 8, 1),
-            *(8, True, rows_of_tile, vectors, reference.UNIFORM, False),
+            *(8, True, tokens_of_tile, vectors, reference.UNIFORM, False),
             num_warps=num_warps,
             enable_fp_fusion=False,
         )
