@@ -39,7 +39,7 @@ def test_generation_in_training_mode_is_not_doubled():
         ({"input_ids": torch.arange(3, 10)}, r"input_ids of shape \[B, L\], not \[7\]"),
         ({"attention_mask": torch.ones(3, 7)}, r"cannot double the argument 'attention_mask' of shape \[3, 7\]"),
         ({"banana": [torch.ones(2)]}, "cannot double the argument 'banana' of type list"),
-        ({"past_key_values": transformers.DynamicCache()}, "cannot double the argument 'past_key_values'"),
+        ({"past_key_values": transformers.DynamicCache()}, "cannot double the cache 'past_key_values'"),
         ({"cu_seq_lens_q": torch.tensor([0, 7])}, "needs position_ids beside cu_seq_lens"),
     ],
     ids=str,
@@ -85,5 +85,7 @@ def test_options_that_exclude_each_other():
         replace_embeddings(build("llama"), symmetric=1)
     with pytest.raises(ValueError, match="does not work on a DataParallel"):
         replace_embeddings(DataParallel(build("llama")), symmetric=True)
+    with pytest.raises(ValueError, match="does not work on a DataParallel"):
+        replace_embeddings(torch.nn.Sequential(DataParallel(build("llama"))), symmetric=True)
     with pytest.raises(TypeError, match="symmetric"):
         NEFTuneEmbedding(50, D, symmetric=True)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForTokenClassification
+from transformers.masking_utils import flash_attention_mask
 
-from helpers.models import build
+from helpers.models import SMALL, build
 from helpers.symmetric import assert_equal, by_hand, magnitude_of, noise_seen, trained, with_first_half
 from neft_kernels import replace_embeddings
 
@@ -30,6 +31,7 @@ def flash_like(module, query, key, value, attention_mask, *, position_ids=None, 
     """Attention that keeps the sequences of one row apart, as FlashAttention does it, and ignores positions of several."""
     length = query.shape[2]
     sequence = torch.zeros(length, dtype=torch.int64)
+    assert attention_mask is None  # of ones, which FlashAttention drops
     if query.shape[0] == 1:
         if cu_seq_lens_q is not None:
             sequence = torch.bucketize(torch.arange(length), cu_seq_lens_q[1:].long(), right=True)
@@ -44,7 +46,7 @@ def flash_like(module, query, key, value, attention_mask, *, position_ids=None, 
 @pytest.fixture
 def flash(monkeypatch):
     AttentionInterface.register("flash_for_tests", flash_like)
-    AttentionMaskInterface.register("flash_for_tests", lambda *args, **kwargs: None)
+    AttentionMaskInterface.register("flash_for_tests", flash_attention_mask)
     yield "flash_for_tests"
     AttentionInterface._global_mapping.pop("flash_for_tests")
     AttentionMaskInterface._global_mapping.pop("flash_for_tests")
@@ -54,7 +56,7 @@ def ends(lengths, extra=()):
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), *extra], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("boundaries", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("boundaries", ["position_ids", "position_ids and a mask of ones", "cu_seq_lens"])
 @pytest.mark.parametrize("options", [{}, {"scale_by": "batch"}], ids=str)
 def test_a_packed_row_of_flash_attention_is_lengthened(flash, boundaries, options):
     model, inputs = build("llama"), packed()
@@ -62,6 +64,8 @@ def test_a_packed_row_of_flash_attention_is_lengthened(flash, boundaries, option
     expected = by_hand(model, inputs, magnitude)
     model.config._attn_implementation = flash
     replace_embeddings(model, symmetric=True, **options)
+    if "mask" in boundaries:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if boundaries == "cu_seq_lens":
         cu_seq_lens = ends((4, 6, 3))
         inputs |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens, "max_length_q": 6, "max_length_k": 6}
@@ -96,3 +100,24 @@ def test_padding_after_the_last_sequence_of_a_lengthened_row(flash):
     assert torch.allclose(first, -second, atol=1e-6)
     assert not first[10:].any()
     assert (first[:10].abs().amax(1) > 0).all()
+
+
+def test_labels_that_are_not_shifted_all_count_in_a_lengthened_row(flash):
+    torch.manual_seed(0)
+    model = LlamaForTokenClassification(LlamaConfig(**SMALL, num_labels=2, classifier_dropout=0.0)).train()
+    model.config._attn_implementation = flash
+    inputs = packed()
+    inputs["labels"] = torch.where(inputs["position_ids"] == 0, 1, -100)
+    inputs["labels"][0, 4:] = -100  # the first token alone
+    expected = model(**inputs, use_cache=False).loss
+    symmetric = replace_embeddings(model, 1e-30, symmetric=True)(**inputs, use_cache=False).loss
+    torch.testing.assert_close(symmetric, expected)
+
+
+def test_one_sequence_is_a_row_for_flash_attention_too(flash):
+    """A row that was lengthened would carry the state of recurrent layers into the second half."""
+    model = replace_embeddings(build("llama"), symmetric=True)
+    model.config._attn_implementation = flash
+    ids = packed()["input_ids"]
+    seen, _ = noise_seen(model, {"input_ids": ids, "labels": ids, "position_ids": torch.arange(13)[None]})
+    assert seen[0][0].shape[0] == 2

@@ -163,7 +163,7 @@ class EmbeddingNoise:
             )
             magnitude = compute(given, **arguments)
             if doubling is not None:
-                return doubling.of_both(magnitude)
+                return doubling.of_both(magnitude, ids)
             if part is not None:
                 return part.of(magnitude)
             if given is ids:
@@ -196,8 +196,8 @@ class EmbeddingNoise:
                 "PEFT model was added since, call replace_embeddings() on that"
             )
         is_whole = given is ids and clean.part is None and doubling.fits(ids)
-        if is_whole and self.last_magnitude is None and _can_be_compared(ids):
-            is_whole = torch.equal(*ids.chunk(2, doubling.dim))
+        if is_whole and _can_be_compared(ids) and (ids.device.type == "cpu" or self.last_magnitude is None):
+            is_whole = bool(doubling.halves_are_equal(ids))
         if not is_whole:
             raise RuntimeError(
                 f"{self.name}: symmetric=True needs a model that looks up input_ids as they are, but it looked up ids of "

@@ -107,7 +107,7 @@ def replace_embeddings(
     embeddings, note = token_embeddings(model)
     if noise_on != "all" and is_encoder_decoder(model):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
-    if symmetric and isinstance(model, DataParallel):
+    if symmetric and any(isinstance(module, DataParallel) for module in model.modules()):
         raise ValueError(
             "symmetric=True does not work on a DataParallel, which would split the doubled batch; call replace_embeddings() "
             "on the model inside"
