@@ -52,7 +52,7 @@ def test_philox_known_answers(library, case):
     assert [int(word) for word in reference.philox4x32(tuple(counter), tuple(key))] == list(output)
 
 
-@pytest.mark.parametrize("kind", range(len(reference.NOISES)), ids=reference.NOISES)
+@pytest.mark.parametrize("kind", range(len(reference.NOISE_KINDS)), ids=reference.NOISE_KINDS)
 @pytest.mark.parametrize(("seed", "stream", "first_token"), IDENTITIES)
 def test_noise_of_a_block(library, seed, stream, first_token, kind):
     """Counter and key are put together, and words made into numbers, as the reference does."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.devices import CPU_BACKENDS
 from neft_kernels import add_noise, noisy_embedding
 from neft_kernels.ops import backends
-from neft_kernels.ops.registration import OVERLOADS
+from neft_kernels.ops.registration import OVERLOADS, kernel_of
 from neft_kernels.ops.seed import draw_seed
 
 SEED = torch.tensor([3])
@@ -167,6 +167,20 @@ def test_whoever_watches_ops_sees_ours(backend):
         fake = noisy_embedding(fakes.from_tensor(ids), fakes.from_tensor(weight), 0.1, seed=3, backend=backend)
     assert isinstance(fake, FakeTensor)
     assert fake.shape == expected.shape
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_kernels_in_python_are_called_past_the_dispatcher(backend):
+    op, plain = OVERLOADS["add_noise"][backend], (torch.zeros(1, 4), SEED, None, 0.1, 0, 0)
+    compute = kernel_of(op, plain)
+    assert (compute is op) == (backend == "cpu")
+    assert torch.equal(compute(*plain), op(*plain))
+    with FakeTensorMode() as fakes:
+        fake = fakes.from_tensor(plain[0])
+    for embeds in (fake, plain[0].to("meta"), torch.zeros(1, 4).mul(1j).conj().imag):
+        assert kernel_of(op, (embeds, *plain[1:])) is op
+    with _Names():
+        assert kernel_of(op, plain) is op
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

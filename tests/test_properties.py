@@ -6,6 +6,7 @@ drawn anew. ``--hypothesis-show-statistics`` says how many ran.
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from helpers import independent, strategies
 from helpers.bits import equal_bits, expected_embedding_grad
 from helpers.contract import differences, to_storage_array
-from helpers.devices import DTYPES, capped, kernels
+from helpers.devices import CPU_BACKENDS, DTYPES, capped, kernels
 from helpers.options import OPTIONS
 from neft_kernels import add_noise, noise_magnitude, noisy_embedding
 
@@ -196,10 +197,7 @@ def lengths_of_tokens(batch, row, length):
     return lengths + [0] * (length - len(lengths))
 
 
-@examples(600)
-@given(strategies.batches(), st.integers(1, 5000), st.booleans())
-def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, alpha_is_a_tensor):
-    alpha = torch.tensor(batch.alpha, dtype=torch.float64) if alpha_is_a_tensor else batch.alpha
+def check_magnitude(batch, embedding_dim, alpha, backend):
     got = noise_magnitude(
         torch.zeros(batch.shape, dtype=torch.int64),
         embedding_dim,
@@ -210,6 +208,7 @@ def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, al
         labels=batch.labels,
         scale_by=batch.scale_by,
         noise_on=batch.noise_on,
+        backend=backend,
     )
     expected = expected_magnitude(batch, embedding_dim)
     if isinstance(got, float):
@@ -217,6 +216,27 @@ def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, al
     else:
         assert got.dtype == torch.float32
         assert torch.equal(got.expand(batch.shape), expected.to(torch.float32))
+
+
+@examples(600)
+@given(strategies.batches(), st.integers(1, 5000), st.booleans())
+def test_magnitude_equals_a_slow_count_of_each_sequence(batch, embedding_dim, alpha_is_a_tensor):
+    for backend in ("cpu", "reference"):
+        check_magnitude(batch, embedding_dim, batch.alpha, backend)
+    if alpha_is_a_tensor:
+        check_magnitude(batch, embedding_dim, torch.tensor(batch.alpha, dtype=torch.float64), None)
+
+
+@pytest.mark.skipif("triton" not in CPU_BACKENDS, reason="Triton's interpreter does not run beside a GPU")
+@examples(200)
+@given(strategies.batches(), st.sampled_from((2, 4)), st.sampled_from((2, 4, 8)))
+def test_magnitude_of_rows_of_several_tiles(batch, tile, step):
+    """Of the Triton kernel: sequences, padding and gaps that begin and end in any tile."""
+    from neft_kernels.ops import triton_magnitude
+
+    assume(batch.scale_by == "sequence" and batch.boundaries is None and batch.positions is not None)
+    with mock.patch.multiple(triton_magnitude, MOST_TOKENS=tile, MOST_TOKENS_AT_ONCE=step):
+        check_magnitude(batch, 64, batch.alpha, "triton")
 
 
 def test_the_draws_reach_what_the_contract_names():

@@ -26,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from neft_kernels.ops.reference import NOISES
+from neft_kernels.ops.reference import NOISE_KINDS
 from tools.compiled_kernels import (
     MAIN_TARGETS,
     PAST_2_GIB,
@@ -119,16 +119,15 @@ def check_triton(
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
-    for kind, name in enumerate(NOISES):
+    for kind, name in enumerate(NOISE_KINDS):
         of_pairs = (seed, torch.zeros(64), 0.1, 0, 0, kind, True)
         launches["noisy_embedding", f"{SYMMETRIC}{name}"] = partial(triton_noise.noisy_embedding, ids, rows, *of_pairs)
-        if name == NOISES[0]:
+        if name == NOISE_KINDS[0]:
             launches["add_noise", f"{SYMMETRIC}{name}"] = partial(triton_noise.add_noise, rows, *of_pairs)
-    for kind, name in enumerate(NOISES[1:], start=1):
-        of_kind = partial(triton_noise.noisy_embedding, noise=kind), partial(triton_noise.add_noise, noise=kind)
-        noise = (seed, torch.zeros(64), 0.1, 0, 0)
-        launches["noisy_embedding", f"{name}, {ids_name}"] = partial(of_kind[0], ids, rows, *noise)
-        launches["add_noise", name] = partial(of_kind[1], rows, *noise)
+    for kind, name in enumerate(NOISE_KINDS[1:], start=1):
+        of_kind = (seed, torch.zeros(64), 0.1, 0, 0, kind)
+        launches["noisy_embedding", f"{name}, {ids_name}"] = partial(triton_noise.noisy_embedding, ids, rows, *of_kind)
+        launches["add_noise", name] = partial(triton_noise.add_noise, rows, *of_kind)
     # AMD's backend compiles other code for these. Their memory is never touched.
     element_size = rows.element_size()
     large = torch.empty((1 << 31) // element_size + rows.numel(), dtype=rows.dtype)[: rows.numel()].view(rows.shape)
@@ -146,7 +145,7 @@ def check_triton(
             continue
         (code,) = machine_code(target_name, launch, options)
         kind_of_noise = variant.removeprefix(SYMMETRIC)
-        noise_kind = next((kind for kind in NOISES if kind_of_noise.startswith(kind)), NOISES[0])
+        noise_kind = next((kind for kind in NOISE_KINDS if kind_of_noise.startswith(kind)), NOISE_KINDS[0])
         name = f"{variant}, width {rows.shape[1]}"
         symmetric = variant.startswith(SYMMETRIC)
         kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind, symmetric))
@@ -196,7 +195,9 @@ def check_cuda(source: Path, targets: list[str], flags: list[str]) -> list[Kerne
             constants = r"(Fp32|Fp64|Fp16|Bf16)ELNS_9NoiseKindE(\d)ELb([01])ENS_\d+RowOf(?:Id)?(\w)"
             element, kind, aligned, ids = re.search(constants, name).groups()  # type: ignore[union-attr]
             variant = {"i": "int32", "l": "int64"}.get(ids, "any") if aligned == "1" else "unaligned"
-            kernels.append(Kernel(target, "cuda", source.stem, CUDA_DTYPES[element], variant, code, NOISES[int(kind)]))
+            kernels.append(
+                Kernel(target, "cuda", source.stem, CUDA_DTYPES[element], variant, code, NOISE_KINDS[int(kind)])
+            )
     return kernels
 
 

@@ -38,9 +38,14 @@ class Row {
   void fill(const int64_t* mask, const int64_t* positions, float* out) {
     std::fill(tokens_.begin(), tokens_.end(), 0);
     const auto is_present = [&](int64_t t) { return mask == nullptr || mask[t] != 0; };
+    int64_t first = length_;  // of the tokens that are present
+    int64_t before = 1;       // the position of the token before; padding continues where the last token before it was
     for (int64_t t = 0, run = 0; t < length_; ++t) {
+      if (is_present(t)) first = std::min(first, t);
       if (positions != nullptr) {
-        run += t > 0 && begins(positions[t], positions[t - 1], mask != nullptr);
+        const int64_t position = is_present(t) ? positions[t] : before == 0 ? 1 : before;
+        run += t > 0 && begins(position, before, mask != nullptr);
+        before = position;
         sequence_[t] = run;
       } else {
         sequence_[t] = std::clamp<int64_t>(mask[t], 0, length_);
@@ -49,10 +54,17 @@ class Row {
       tokens_[sequence_[t]] += is_present(t) && (positions != nullptr || mask[t] > 0);
     }
 
-    // Packing collators pad positions with 0 and give no mask, so each padding token at the end looks like a sequence of one.
+    // Packing collators pad positions with 0, and give no mask or one of 1, so each padding token at the end looks like a
+    // sequence of one. It is none if padding that the mask tells stands before it.
     int64_t end = length_;
-    if (mask == nullptr && length_ > 1)
-      while (end > 0 && tokens_[sequence_[end - 1]] <= 1) --end;
+    const auto begins_at = [&](int64_t t) { return t == length_ || t == 0 || sequence_[t] != sequence_[t - 1]; };
+    if (positions != nullptr && length_ > 1) {
+      if (mask == nullptr)
+        while (end > 0 && tokens_[sequence_[end - 1]] <= 1) --end;
+      else
+        while (end > 0 && is_present(end - 1) && begins_at(end) && (begins_at(end - 1) || end - 1 == first)) --end;
+      if (end > 0 && !is_present(end - 1)) end = length_;
+    }
 
     for (int64_t t = 0; t < length_; ++t) {
       const int64_t tokens = tokens_[sequence_[t]];

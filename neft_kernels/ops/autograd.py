@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from . import checks
 from .backends import choose_backend
-from .registration import OVERLOADS, library
+from .registration import OVERLOADS, kernel_of, library
 from .seed import draw_seed
 
 __all__ = ["NoisyEmbedding", "add_noise", "noisy_embedding"]
@@ -110,8 +110,9 @@ def _without_gradient(op: Callable[..., Tensor], args: tuple) -> Tensor:
     """Calls the op below autograd, which saves the dispatcher's look-up of its formula."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
+    call = kernel_of(op, args)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return call(*args)
 
 
 def _call(function: type[torch.autograd.Function], values: Tensor, op: Callable[..., Tensor], *args: Any) -> Tensor:

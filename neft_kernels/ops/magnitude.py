@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .backends import automatic_backend
 from .checks import broadcasts, check_alpha, check_choice, check_number
-from .registration import OVERLOADS
+from .registration import OVERLOADS, kernel_of
 
 __all__ = ["NOISE_ON", "SCALES", "noise_magnitude"]
 
@@ -100,22 +100,22 @@ def noise_magnitude(
         magnitude = _magnitude_of_length(alpha, input_ids.shape[-1], embedding_dim, input_ids.device)
     else:
         _check_masks(input_ids, attention_mask, position_ids, cu_seq_lens)
-        is_packed = attention_mask is not None and position_ids is not None and cu_seq_lens is None
-        if is_packed and input_ids.shape[-1] > 1:
-            position_ids = _without_positions_of_padding(attention_mask, position_ids)  # type: ignore[arg-type]
-            attention_mask = _without_packed_padding(attention_mask, position_ids)  # type: ignore[arg-type]
         kernel = _kernel(alpha, input_ids, attention_mask, position_ids, cu_seq_lens, backend)
         if kernel is None:
+            if attention_mask is not None and position_ids is not None and cu_seq_lens is None:
+                position_ids = _without_positions_of_padding(attention_mask, position_ids)
+                attention_mask = _without_packed_padding(attention_mask, position_ids)
             magnitude = _magnitude_by_sequence(
                 alpha, input_ids, embedding_dim, attention_mask, position_ids, cu_seq_lens
             )
         else:
-            magnitude = kernel(
+            arguments = (
                 _as_contiguous_int64(attention_mask, input_ids.shape),
                 _as_contiguous_int64(position_ids, input_ids.shape),
                 alpha,
                 embedding_dim,
             )
+            magnitude = kernel_of(kernel, arguments)(*arguments)
     if noise_on == "all":
         return magnitude
     if labels is None:
@@ -188,8 +188,8 @@ def _without_positions_of_padding(attention_mask: Tensor, position_ids: Tensor) 
     positions, present = position_ids.expand(attention_mask.shape), attention_mask != 0
     columns = torch.arange(positions.shape[-1], device=positions.device)
     last = torch.where(present, columns, -1).cummax(-1).values
-    filling = torch.where(last < 0, 1, positions.gather(-1, last.clamp(min=0)).clamp(min=1))
-    return torch.where(present, positions, filling)
+    filling = torch.where(last < 0, 1, positions.gather(-1, last.clamp(min=0)))
+    return torch.where(present, positions, torch.where(filling == 0, 1, filling))
 
 
 def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -197,6 +197,8 @@ def _without_packed_padding(attention_mask: Tensor, position_ids: Tensor) -> Ten
 
     It is a run of sequences of one token at the end of a row, unless padding that the mask tells stands before it.
     """
+    if attention_mask.shape[-1] == 1:
+        return attention_mask
     begins = _begins(position_ids.expand(attention_mask.shape), has_mask=True)[..., 1:]
     present = attention_mask != 0
     pad = torch.nn.functional.pad
