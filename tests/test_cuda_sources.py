@@ -153,7 +153,7 @@ def test_symmetric_noise(library, dtype, width):
     """Pairs of ids that are equal, that differ, and that are out of range; each row is still written once."""
     rows = table(dtype, width)
     for ids in (None, ids_of(torch.int32)[[0, 1, 2, 5, 0, 4, 3, 5]], ids_of(torch.int64)[[0, 1, 2, 5, 0, 4, 3, 5]]):
-        for noise in ({"magnitude": 0.3}, {"token_magnitude": torch.cat((PER_TOKEN, torch.ones(1)))}):
+        for noise in ({"magnitude": 0.3}, {"token_magnitude": torch.cat((PER_TOKEN, torch.tensor([torch.nan])))}):
             for switches in ({"guard_after": 1}, {"guard_after": 0, "few_threads": 1}):
                 _, out = emulate(library, rows, ids, **noise, symmetric=1, **switches)
                 assert equal_bits(out, expected_of(rows, ids, **noise, symmetric=True)), (ids, noise, switches)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu_timing import capture
 from helpers.bits import equal_bits
+from helpers.devices import HAS_GPU
 from neft_kernels import NEFTuneEmbedding, add_noise, available_backends, noise_magnitude, noisy_embedding, set_alpha
 from neft_kernels.ops import seed as seeds
 from neft_kernels.ops.seed import draw_seed
@@ -271,3 +272,42 @@ def test_a_training_step_lowers_the_loss(backend):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.parametrize("noise", ["uniform", "sign", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_symmetric_noise_is_that_of_the_reference(backend, dtype, noise):
+    """Pairs of equal ids, of other ids, and of one that is out of range; magnitudes of 0 and, on a GPU, unchecked NaN."""
+    weight = table(50, 1032, dtype)
+    ids = torch.cat((torch.arange(40), torch.arange(40))).cuda()
+    ids[45:50] = torch.tensor([3, 50, -1, 7, 7], device="cuda")
+    per_token = torch.rand(80, device="cuda")
+    per_token[::7] = 0.0
+    if HAS_GPU:  # the stand-in computes with the CPU's kernels, which check magnitudes
+        per_token[11] = torch.nan
+    given = {"noise": noise, "seed": 5, "first_token": 2**32 - 20, "symmetric": True}
+    for magnitude in (0.1, per_token):
+        got = noisy_embedding(ids, weight, magnitude, backend=backend, **given)
+        in_range = (ids >= 0) & (ids < 50)
+        expected = noisy_embedding(ids.where(in_range, 0), weight, magnitude, backend="reference", **given)
+        expected[~in_range] = torch.nan
+        assert equal_bits(got, expected)
+        embeds = weight[ids.where(in_range, 0)]
+        expected = add_noise(embeds, magnitude, backend="reference", **given)
+        assert equal_bits(add_noise(embeds, magnitude, backend=backend, **given), expected)
+
+
+def test_symmetric_noise_waits_for_nothing_and_needs_no_memory(backend):
+    weight, ids = table(100, 512), torch.randint(100, (2, 40), device="cuda")
+    seed = torch.tensor([3], device="cuda")
+    noisy_embedding(ids, weight, 0.1, seed=seed, symmetric=True, backend=backend)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = noisy_embedding(ids, weight, 0.1, seed=seed, symmetric=True, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["requested_bytes.all.peak"] - before == out.numel() * out.element_size()
