@@ -66,8 +66,8 @@ BAD = {
         "noise must be one of uniform, sign, gaussian, not 'normal'",
     ),
     "no such noise on embeddings": (add(noise=1), ValueError, "noise must be one of uniform, sign, gaussian, not 1"),
-    "symmetric a string": (look_up(symmetric="yes"), TypeError, "symmetric must be True or False, not str"),
-    "symmetric a number on embeddings": (add(symmetric=1), TypeError, "symmetric must be True or False, not int"),
+    "symmetric a string": (look_up(symmetric="yes"), TypeError, "symmetric must be a bool, not str"),
+    "symmetric a number on embeddings": (add(symmetric=1), TypeError, "symmetric must be a bool, not int"),
     "an odd number of tokens in two halves": (
         look_up(IDS[:1], symmetric=True),
         ValueError,
