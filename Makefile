@@ -40,7 +40,8 @@ test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Trit
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
-EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py choice.py noise_kinds.py magnitude.py ops.py errors.py properties.py)
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py choice.py noise_kinds.py symmetric_ops.py \
+	symmetric_gradients.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
 	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu or stand_in" \
@@ -117,7 +118,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 # what needs PEFT or the Trainer's own requirements is left to other machines.
 GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py choice.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
-	rearrangement.py passes.py caches.py strength.py rms.py checkpointing.py huggingface.py lookups.py copies.py \
+	rearrangement.py passes.py caches.py strength.py rms.py checkpointing.py first_passes.py huggingface.py lookups.py copies.py \
 	cuda_sources.py gpu.py)
 
 GPU_BUILD ?= 1

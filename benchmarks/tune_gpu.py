@@ -59,7 +59,7 @@ def launched_as(tile: Tile) -> Iterator[None]:
         triton_noise._tile.cache_clear()
 
 
-_CONSTANTS = ("TILE_VECTORS", "NUM_WARPS", "MAX_REGISTERS", "ONE_ROW")
+_CONSTANTS = ("TILE_VECTORS", "NUM_WARPS", "MAX_REGISTERS", "ONE_TOKEN")
 _compiled_for: dict[Tile, dict[tuple, Any]] = {}
 
 

@@ -1,4 +1,4 @@
-// The kinds of noise, as in NOISES of neft_kernels/ops/reference.py.
+// The kinds of noise, as in NOISE_KINDS of neft_kernels/ops/reference.py.
 #pragma once
 
 #include <cstdint>

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from neft_kernels.ops.reference import NOISES
-from tools import machine_code
+from neft_kernels.ops.reference import NOISE_KINDS
+from tools import compiled_kernels, machine_code
 from tools.compiled_kernels import Kernel, complaints
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +28,11 @@ def test_kernels_pass():
     result = check_gpu("--quick", *([] if HAS_NVCC else ["--no-nvcc"]), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+    for noise in NOISE_KINDS:  # two loads of either row
+        pattern = rf"sm_90 +triton +noisy_embedding +bfloat16 +symmetric {noise} +16 bytes .* 128:4 .* 0\n"
+        assert re.search(pattern, result.stdout)
     for source in ("triton", "cuda") if HAS_NVCC else ("triton",):
-        for op, noise in itertools.product(("noisy_embedding", "add_noise"), NOISES):
+        for op, noise in itertools.product(("noisy_embedding", "add_noise"), NOISE_KINDS):
             assert re.search(rf"sm_90 +{source} +{op} +bfloat16 +{noise} +16 bytes .* 128:4 .* 0\n", result.stdout)
     assert re.search(r"gfx942 +triton +noisy_embedding +bfloat16", result.stdout)
 
@@ -150,6 +153,20 @@ def test_each_guard_alone(sentence):
     assert sentence in complaint
 
 
+def test_symmetric_noise_has_less_than_two_draws_may_have():
+    """Its budget is for 16 bytes of two rows, and for two calls of a thread."""
+    for noise in NOISE_KINDS:
+        budget = compiled_kernels.MAX_SYMMETRIC_INSTRUCTIONS[noise]
+        assert budget < 2 * compiled_kernels.MAX_INSTRUCTIONS[noise]
+        for instructions in (2 * budget, 2 * budget + 1):
+            extra = instructions - machine_code.from_sass(GOOD_SASS, GOOD_USAGE).instructions
+            code = machine_code.from_sass(GOOD_SASS + extra * "/*0070*/ MOV R2, R4 ;\n", GOOD_USAGE)
+            kernel = Kernel("sm_90", "triton", "op", "bfloat16", "", code, noise, symmetric=True)
+            found = list(complaints(kernel, 80, 25))
+            sentence = f"has {instructions} instructions for symmetric {noise} noise, more than {2 * budget}"
+            assert found == ([sentence] if instructions > 2 * budget else [])
+
+
 @pytest.mark.parametrize(
     ("embedding_dim", "element_size", "expected"),
     [
@@ -176,11 +193,11 @@ def test_grids_of_the_triton_kernel(num_tokens):
     """They keep to the limits, and less than one program in a thousand has nothing to do."""
     from neft_kernels.ops import triton_launch
 
-    for rows_of_tile in (1, 16):
-        columns, y, z = triton_launch.tile_grid(num_tokens, rows_of_tile, 3)
+    for tokens_of_tile in (1, 16):
+        columns, y, z = triton_launch.tile_grid(num_tokens, tokens_of_tile, 3)
         assert columns == 3
         assert max(y, z) <= 65535
-        tiles = -(-num_tokens // rows_of_tile)
+        tiles = -(-num_tokens // tokens_of_tile)
         assert tiles <= y * z < tiles + max(1, tiles // 1000) + z
 
 

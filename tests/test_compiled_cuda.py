@@ -101,6 +101,17 @@ def test_kinds_of_noise(library, kernels, dtype, width, kind):
         assert equal_bits(out, expected_of(rows, ids, magnitude=0.3, noise=kind))
 
 
+@pytest.mark.parametrize("kind", [UNIFORM, GAUSSIAN], ids=["uniform", "gaussian"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [9, 520])
+def test_symmetric_noise(library, kernels, dtype, width, kind):
+    rows, per_token = table(dtype, width), torch.cat((PER_TOKEN, torch.ones(1)))
+    for ids in (None, ids_of(torch.int64)[[0, 1, 2, 5, 0, 4, 3, 5]]):
+        noise = {"token_magnitude": per_token, "noise": kind}
+        _, out = run(library, kernels, rows, ids, **noise, symmetric=1)
+        assert equal_bits(out, expected_of(rows, ids, **noise, symmetric=True))
+
+
 @pytest.mark.parametrize("identity", IDENTITIES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_seeds_streams_and_tokens(library, kernels, dtype, identity):

@@ -52,6 +52,25 @@ def test_no_byte_is_moved_in_vain(dtype, width):
     assert 0 < beside <= warps * (1 + 2 * rows_of_warp) * SECTOR_BYTES
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [768, 4096, 5120])
+def test_symmetric_noise_draws_once_and_moves_no_byte_in_vain(dtype, width):
+    """A thread has as many bytes as without it, half of them of either row, and draws half as often."""
+    rows, ids, per_token = table(20, width, dtype), torch.arange(32) % 20, torch.arange(32) % 5 / 4.0
+    out_bytes, multiplications = len(ids) * width * dtype.itemsize, []
+    for symmetric in (False, True):
+        triton_noise.noisy_embedding(ids, rows, SEED, per_token, 0.0, 0, 0, reference.UNIFORM, symmetric)
+        launch = gpu.launches[-1]
+        assert launch.traffic.bytes["store"] == launch.traffic.sectors["store"] * SECTOR_BYTES == out_bytes
+        assert (launch.times_written("out") == 1).all()
+        assert launch.traffic.shared_bytes == 0
+        assert launch.traffic.instructions["bar"] == 0
+        multiplications.append(launch.traffic.instructions["mul"])
+    # Half of the calls are saved, of 20 wide multiplications each. The others of a thread share less of their first rounds.
+    calls_of_warps = out_bytes // (16 * 32)
+    assert multiplications[0] - multiplications[1] > 15 * calls_of_warps / 2
+
+
 def launch_last(rows, out, num_rows, width, first, ids, first_token, blocks):
     """Runs `blocks` of a launch on `num_rows` rows, of which memory has those from element `first` on."""
     rows_of_tile, vectors, num_warps, column_tiles = triton_noise._tile(width, 2)

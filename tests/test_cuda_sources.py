@@ -52,7 +52,7 @@ def test_philox_known_answers(library, case):
     assert [int(word) for word in reference.philox4x32(tuple(counter), tuple(key))] == list(output)
 
 
-@pytest.mark.parametrize("kind", range(len(reference.NOISES)), ids=reference.NOISES)
+@pytest.mark.parametrize("kind", range(len(reference.NOISE_KINDS)), ids=reference.NOISE_KINDS)
 @pytest.mark.parametrize(("seed", "stream", "first_token"), IDENTITIES)
 def test_noise_of_a_block(library, seed, stream, first_token, kind):
     """Counter and key are put together, and words made into numbers, as the reference does."""
@@ -145,6 +145,18 @@ def test_kinds_of_noise(library, dtype, width, kind):
         noise = {"token_magnitude": PER_TOKEN if ids is not None else torch.rand(8), "noise": kind}
         _, out = emulate(library, rows, ids, **noise)
         assert equal_bits(out, expected_of(rows, ids, **noise)), (ids, noise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [9, 64, 2048])
+def test_symmetric_noise(library, dtype, width):
+    """Pairs of ids that are equal, that differ, and that are out of range; each row is still written once."""
+    rows = table(dtype, width)
+    for ids in (None, ids_of(torch.int32)[[0, 1, 2, 5, 0, 4, 3, 5]], ids_of(torch.int64)[[0, 1, 2, 5, 0, 4, 3, 5]]):
+        for noise in ({"magnitude": 0.3}, {"token_magnitude": torch.cat((PER_TOKEN, torch.ones(1)))}):
+            for switches in ({"guard_after": 1}, {"guard_after": 0, "few_threads": 1}):
+                _, out = emulate(library, rows, ids, **noise, symmetric=1, **switches)
+                assert equal_bits(out, expected_of(rows, ids, **noise, symmetric=True)), (ids, noise, switches)
 
 
 @pytest.mark.parametrize("identity", IDENTITIES, ids=str)

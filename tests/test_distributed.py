@@ -228,4 +228,4 @@ def test_a_group_of_one_is_no_group(layout):
     callback.on_train_begin(None, None, None, model=model)
     torch.manual_seed(3)
     assert torch.equal(model(tokens), want)
-    assert model[0].noise.shared.options.sequence_layout == layout
+    assert model[0].noise.model_noise.options.sequence_layout == layout

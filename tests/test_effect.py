@@ -65,6 +65,7 @@ def test_document_lengths():
     """Of each token's own document, by mask or by position."""
     assert document_lengths(torch.tensor([[1, 1, 0], [1, 1, 1]]), None).tolist() == [[2, 2, 0], [3, 3, 3]]
     assert document_lengths(None, torch.tensor([[0, 1, 2, 0, 0, 1]])).tolist() == [[3, 3, 3, 1, 2, 2]]
+    assert document_lengths(None, torch.tensor([[0, 1, 0], [0, 0, 1]])).tolist() == [[2, 2, 1], [1, 2, 2]]
 
 
 def test_packed_documents_do_not_see_each_other(prepared):

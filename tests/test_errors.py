@@ -66,6 +66,13 @@ BAD = {
         "noise must be one of uniform, sign, gaussian, not 'normal'",
     ),
     "no such noise on embeddings": (add(noise=1), ValueError, "noise must be one of uniform, sign, gaussian, not 1"),
+    "symmetric a string": (look_up(symmetric="yes"), TypeError, "symmetric must be True or False, not str"),
+    "symmetric a number on embeddings": (add(symmetric=1), TypeError, "symmetric must be True or False, not int"),
+    "an odd number of tokens in two halves": (
+        look_up(IDS[:1], symmetric=True),
+        ValueError,
+        r"symmetric=True.*input_ids has 3 tokens.*torch\.cat",
+    ),
     "magnitude negative": (look_up(magnitude=-0.1), ValueError, "magnitude.*-0.1"),
     "magnitude NaN": (look_up(magnitude=NAN), ValueError, "magnitude.*nan"),
     "magnitude infinite": (look_up(magnitude=INFINITY), ValueError, "magnitude.*inf"),

@@ -178,14 +178,14 @@ def test_checkpointing_recomputes_the_noise_and_leaves_the_generator_alone(backe
 def test_alpha_of_compiled_graphs_lives_where_the_table_is(monkeypatch):
     """It would cut a CUDA graph in two if it were copied to the GPU inside of it."""
     module = NEFTuneEmbedding(100, 64)
-    alpha = module.noise.shared.alpha
+    alpha = module.noise.model_noise.alpha
     set_alpha(module, 3.0)
     assert alpha.tensor.device.type == "cpu"
     module.weight.data = module.weight.data.cuda()
     for value in (4.0, 5.0):
         set_alpha(module, value)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert module.noise.shared.alpha_on(GPU) is alpha.tensor
+        assert module.noise.model_noise.alpha_on(GPU) is alpha.tensor
         monkeypatch.undo()
         assert alpha.tensor.device == GPU
         assert alpha.tensor.item() == value

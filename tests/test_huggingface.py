@@ -10,7 +10,7 @@ from transformers import generation
 
 from helpers.models import MODELS, batch, build, names, noise_in
 from neft_kernels import describe, no_noise, noise_magnitude, replace_embeddings, restore_embeddings
-from neft_kernels.models.batch import EMPTY_BATCH
+from neft_kernels.models.batch import NO_BATCH
 
 
 def expected_in(model, name):
@@ -165,7 +165,7 @@ def test_an_error_in_forward_leaves_no_masks_behind():
     bad["input_ids"] = bad["input_ids"] + 100
     with pytest.raises(IndexError, match="input_ids"):
         model(**bad)
-    assert model.model.embed_tokens.noise.shared.passes.batch is EMPTY_BATCH
+    assert model.model.embed_tokens.noise.model_noise.passes.batch is NO_BATCH
     (noise,) = noise_in(model, batch()).values()
     assert (noise[0, 4:] == 0).all()
 
@@ -203,7 +203,7 @@ def test_the_outer_masks_are_back_when_an_inner_module_returns():
     assert torch.equal((inside != plain).any(-1), mask.roll(1, -1).bool())
     assert torch.equal((outside != plain).any(-1), mask.bool())
     # A copy made in the middle of a pass has nothing of that pass.
-    assert model.copied.embedding.noise.shared.passes.batch is EMPTY_BATCH
+    assert model.copied.embedding.noise.model_noise.passes.batch is NO_BATCH
 
 
 def test_inside_of_data_parallel_it_is_the_model_that_counts():

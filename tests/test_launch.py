@@ -16,12 +16,25 @@ REPOSITORY = Path(__file__).parent.parent
 RUN = (sys.executable, "-m", "neft_kernels", "run")
 VARIABLES = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
-CHOSEN = ["--scale-by", "batch", "--noise-on", "prompt", "--noise", "sign", "--stream", "3", "--backend", "reference"]
+CHOSEN = [
+    "--scale-by",
+    "batch",
+    "--noise-on",
+    "prompt",
+    "--noise",
+    "sign",
+    "--symmetric",
+    "--stream",
+    "3",
+    "--backend",
+    "reference",
+]
 CHOSEN += ["--under-no-grad"]
 OPTIONS = {
     "scale_by": "batch",
     "noise_on": "prompt",
     "noise": "sign",
+    "symmetric": True,
     "stream": 3,
     "backend": "reference",
     "under_no_grad": True,
@@ -40,7 +53,7 @@ def noise():
         num_attention_heads=1)
     model = transformers.LlamaForCausalLM(config)
     transformers.trainer.activate_neftune(model, 5.0)
-    return [dataclasses.asdict(each.shared.options) for _, _, each in noisy_modules(model)]
+    return [dataclasses.asdict(each.model_noise.options) for _, _, each in noisy_modules(model)]
 
 if __name__ == "__main__":
     print(json.dumps(noise()))
@@ -196,7 +209,7 @@ def test_what_goes_wrong_with_the_patch_is_an_error(below):
         ([], 2, "the command is missing"),
         (["--"], 2, "the command is missing"),
         (["--scale-by", "banana", "true"], 2, "invalid choice: 'banana'"),
-        (["--stream", "-1", "true"], 2, "stream must be None or in [0, 2**32), not -1"),
+        (["--stream", "-1", "true"], 2, "stream must be in [0, 2**32), not -1"),
         (["--alpha", "5", "true"], 2, "unrecognized arguments: --alpha"),
     ],
 )

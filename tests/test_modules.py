@@ -182,7 +182,7 @@ def test_copies_and_pickles_are_independent():
     module(IDS, attention_mask=MASK)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert twin.noise is not module.noise
-        assert twin.noise.shared.options == module.noise.shared.options
+        assert twin.noise.model_noise.options == module.noise.model_noise.options
         assert twin.noise.last_magnitude is None
         torch.manual_seed(1)
         expected = module(IDS)

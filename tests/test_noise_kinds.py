@@ -107,7 +107,7 @@ def test_reference_equals_the_independent_implementation_on_all_values(dtype):
     numerator, u = np.concatenate((-numerator[::-1], numerator)), np.concatenate((-u[::-1], u))
     working = torch.float64 if dtype == torch.float64 else torch.float32
     for kind in KINDS:
-        noise = reference.shape_noise(torch.from_numpy(u).to(working), reference.NOISES.index(kind))
+        noise = reference.shape_noise(torch.from_numpy(u).to(working), reference.NOISE_KINDS.index(kind))
         assert noise.dtype == working
         assert np.array_equal(noise.numpy(), independent.noise_of(numerator, bits, kind))
 
@@ -176,7 +176,7 @@ def test_the_sign_is_that_of_the_uniform_of_the_same_seed(kernel, dtype):
     device, backend = kernel
     zeros = torch.zeros(6, 40, dtype=dtype, device=device)
     uniform, sign, gaussian = (
-        neft_kernels.add_noise(zeros, 1.0, seed=8, noise=kind, backend=backend) for kind in reference.NOISES
+        neft_kernels.add_noise(zeros, 1.0, seed=8, noise=kind, backend=backend) for kind in reference.NOISE_KINDS
     )
     assert torch.equal(sign, uniform.sign())
     assert torch.equal(sign, gaussian.sign())

@@ -20,7 +20,7 @@ from neft_kernels import (
     restore_embeddings,
 )
 from neft_kernels.models.replace import noisy_modules
-from neft_kernels.ops.reference import NOISES
+from neft_kernels.ops.reference import NOISE_KINDS
 
 KINDS = ("sign", "gaussian")
 
@@ -37,7 +37,7 @@ class Scaled(nn.Embedding):
         return super().forward(input) * 3
 
 
-@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_a_noisy_embedding_adds_noise_of_its_kind(kind):
     table = NEFTuneEmbedding(50, D, alpha=5.0, noise=kind)
     magnitude = noise_magnitude(IDS, D, 5.0, attention_mask=MASK)
@@ -77,14 +77,14 @@ def test_the_new_kind_replaces_the_old_one():
     assert report.noise == "uniform"
 
 
-@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_the_callback_and_the_patch_pass_it_on(kind):
     model = build("llama")
     callback = NEFTuneCallback(noise=kind)
     arguments = transformers.TrainingArguments(output_dir="unused", report_to=[])
     state = transformers.TrainerState()
     callback.on_train_begin(arguments, state, transformers.TrainerControl(), model=model)
-    assert [each.shared.options.noise for _, _, each in noisy_modules(model)] == [kind]
+    assert [each.model_noise.options.noise for _, _, each in noisy_modules(model)] == [kind]
     callback.on_train_end(arguments, state, transformers.TrainerControl(), model=model)
     assert not any(noisy_modules(model))
     with patch_transformers(noise=kind) as patch:
@@ -105,7 +105,7 @@ def test_no_such_noise(make):
         make()
 
 
-@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_scale_by_rms_makes_alpha_the_ratio_for_every_kind(kind):
     """The noise of 2 x 5 x 400 elements: its root mean square has a standard error of 1 %."""
     table = replace_embeddings(nn.Embedding(50, 400), alpha=0.1, scale_by="rms", noise=kind)

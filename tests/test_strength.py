@@ -1,5 +1,6 @@
 """Contract: the noise is known against the embeddings that it is added to, and scale_by="rms" sets it by them."""
 
+import copy
 import logging
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from helpers.models import build
 from helpers.tables import TABLES, Model, padded_batch, ratio_by_hand
 from neft_kernels import describe, no_noise, replace_embeddings, set_alpha
-from neft_kernels.models.strength import LookUp
+from neft_kernels.models.strength import CleanEmbeddings, described_ratio
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -54,8 +55,8 @@ def test_the_ratio_is_of_the_last_batch():
 
 
 def test_embeddings_are_measured_in_the_first_batch_and_after_a_report(monkeypatch, caplog):
-    measured, squares = [], LookUp.squares
-    monkeypatch.setattr(LookUp, "squares", lambda *args: measured.append(0) or squares(*args))
+    measured, squares = [], CleanEmbeddings.squares
+    monkeypatch.setattr(CleanEmbeddings, "squares", lambda *args: measured.append(0) or squares(*args))
     model = replace_embeddings(Model("plain"), alpha=5.0)
     with caplog.at_level(logging.INFO, "neft_kernels"):  # whose line about the first batch is no report
         for _ in range(3):
@@ -65,6 +66,16 @@ def test_embeddings_are_measured_in_the_first_batch_and_after_a_report(monkeypat
     for _ in range(3):
         model(**padded_batch())
     assert len(measured) == 2
+
+
+def test_a_copy_measures_its_own_first_batch():
+    model = replace_embeddings(Model("plain"), alpha=5.0)
+    model(**padded_batch())
+    twin = copy.deepcopy(model)
+    assert describe(twin)[0].ratio is None
+    twin = copy.deepcopy(model)
+    twin(**padded_batch())
+    assert describe(twin)[0].ratio == pytest.approx(describe(model)[0].ratio)
 
 
 def test_only_tokens_with_noise_count():
@@ -93,3 +104,12 @@ def test_a_batch_without_noise_has_no_hint():
     model = replace_embeddings(Model("plain"), alpha=lambda step: 0.0)
     model(**padded_batch())
     assert str(describe(model)).endswith("; no token of the last batch had noise")
+    assert described_ratio(0.0) == "0 of the embeddings"
+
+
+def test_an_id_out_of_range_is_measured_as_another():
+    """A GPU makes its row NaN and raises no error; nor may the measurement."""
+    ids, table = torch.tensor([[5, -1, 400]]), torch.randn(400, 32)
+    total, count = CleanEmbeddings(ids, table).squares(1.0).tolist()
+    assert count == 3 * 32
+    assert total == pytest.approx(table[[5, 0, 399]].square().sum().item())

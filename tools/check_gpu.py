@@ -26,10 +26,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from neft_kernels.ops.reference import NOISES
+from neft_kernels.ops.reference import NOISE_KINDS
 from tools.compiled_kernels import (
     MAIN_TARGETS,
     PAST_2_GIB,
+    SYMMETRIC,
     TARGETS,
     TURING,
     Kernel,
@@ -118,11 +119,15 @@ def check_triton(
             ids = torch.zeros(64, dtype=getattr(torch, ids_name))
             variant = f"{ids_name}, {magnitude}"
             launches["noisy_embedding", variant] = partial(triton_noise.noisy_embedding, ids, rows, *noise)
-    for kind, name in enumerate(NOISES[1:], start=1):
-        of_kind = partial(triton_noise.noisy_embedding, noise=kind), partial(triton_noise.add_noise, noise=kind)
-        noise = (seed, torch.zeros(64), 0.1, 0, 0)
-        launches["noisy_embedding", f"{name}, {ids_name}"] = partial(of_kind[0], ids, rows, *noise)
-        launches["add_noise", name] = partial(of_kind[1], rows, *noise)
+    for kind, name in enumerate(NOISE_KINDS):
+        of_pairs = (seed, torch.zeros(64), 0.1, 0, 0, kind, True)
+        launches["noisy_embedding", f"{SYMMETRIC}{name}"] = partial(triton_noise.noisy_embedding, ids, rows, *of_pairs)
+        if name == NOISE_KINDS[0]:
+            launches["add_noise", f"{SYMMETRIC}{name}"] = partial(triton_noise.add_noise, rows, *of_pairs)
+    for kind, name in enumerate(NOISE_KINDS[1:], start=1):
+        of_kind = (seed, torch.zeros(64), 0.1, 0, 0, kind)
+        launches["noisy_embedding", f"{name}, {ids_name}"] = partial(triton_noise.noisy_embedding, ids, rows, *of_kind)
+        launches["add_noise", name] = partial(triton_noise.add_noise, rows, *of_kind)
     # AMD's backend compiles other code for these. Their memory is never touched.
     element_size = rows.element_size()
     large = torch.empty((1 << 31) // element_size + rows.numel(), dtype=rows.dtype)[: rows.numel()].view(rows.shape)
@@ -139,9 +144,11 @@ def check_triton(
         if op not in ops:
             continue
         (code,) = machine_code(target_name, launch, options)
-        noise_kind = next((kind for kind in NOISES if variant.startswith(kind)), NOISES[0])
+        kind_of_noise = variant.removeprefix(SYMMETRIC)
+        noise_kind = next((kind for kind in NOISE_KINDS if kind_of_noise.startswith(kind)), NOISE_KINDS[0])
         name = f"{variant}, width {rows.shape[1]}"
-        kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind))
+        symmetric = variant.startswith(SYMMETRIC)
+        kernels.append(Kernel(target_name, "triton", op, dtype_name, name, code, noise_kind, symmetric))
     return kernels
 
 
@@ -188,7 +195,9 @@ def check_cuda(source: Path, targets: list[str], flags: list[str]) -> list[Kerne
             constants = r"(Fp32|Fp64|Fp16|Bf16)ELNS_9NoiseKindE(\d)ELb([01])ENS_\d+RowOf(?:Id)?(\w)"
             element, kind, aligned, ids = re.search(constants, name).groups()  # type: ignore[union-attr]
             variant = {"i": "int32", "l": "int64"}.get(ids, "any") if aligned == "1" else "unaligned"
-            kernels.append(Kernel(target, "cuda", source.stem, CUDA_DTYPES[element], variant, code, NOISES[int(kind)]))
+            kernels.append(
+                Kernel(target, "cuda", source.stem, CUDA_DTYPES[element], variant, code, NOISE_KINDS[int(kind)])
+            )
     return kernels
 
 
@@ -246,7 +255,7 @@ def main() -> None:
     print_table(kernels)
     for kernel in kernels:
         for complaint in complaints(kernel, options.max_registers, options.max_multiplies):
-            what = f"{kernel.noise} {kernel.dtype}"
+            what = f"{kernel.kind_of_noise} {kernel.dtype}"
             name = f"{kernel.source} {kernel.op} for {kernel.target}, {what} ({kernel.variant})"
             problems.append(f"{name} {complaint}")
     if not kernels:

@@ -29,7 +29,7 @@ TRANSFORMERS = ("4.57.6", "5.0.0", "5.24.0")
 OPS_TESTS = ("contract", "backends", "choice", "ops", "autograd", "embedding_grad", "magnitude", "errors")
 MODEL_TESTS = (
     *("modules", "huggingface", "lookups", "copies", "alpha", "log", "situations", "decoder", "under_no_grad", "parts"),
-    *("strength", "rms", "checkpointing", "trainer", "patch_transformers", "sft", "peft"),
+    *("strength", "rms", "checkpointing", "first_passes", "trainer", "patch_transformers", "sft", "peft"),
 )
 
 #: Beside torch, and beside transformers.

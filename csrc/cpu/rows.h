@@ -9,7 +9,7 @@
 
 namespace neft {
 
-// Which noise rows get.
+// Which noise a row gets: what the generator is given, beside the columns.
 struct RowNoise {
   int64_t seed;
   int64_t token;

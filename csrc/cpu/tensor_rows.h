@@ -83,10 +83,10 @@ class Noise {
 
   NoiseKind kind() const { return kind_; }
 
-  // The tokens that share a noise: 2 of symmetric noise, the second of which gets it with the other sign.
+  // The number of tokens with the same noise: 2 if it is symmetric. The second one gets it with the other sign.
   int copies() const { return copies_; }
 
-  // Of the token with this index among those of the first copy.
+  // That of token `index` of the first half, or of all tokens if the noise is not symmetric.
   RowNoise of(int64_t index) const {
     return {seed_, static_cast<int64_t>(static_cast<uint64_t>(first_token_) + static_cast<uint64_t>(index)), stream_};
   }

@@ -225,10 +225,11 @@ def document_lengths(attention_mask: Tensor | None, position_ids: Tensor | None)
     if attention_mask is not None:
         return attention_mask * attention_mask.sum(-1, keepdim=True).float()
     assert position_ids is not None
-    assert position_ids.shape[0] == 1
-    ends = torch.nonzero(F.pad(position_ids[0, 1:], (0, 1)) == 0)[:, 0]
-    lengths = position_ids[0, ends] + 1
-    return lengths.repeat_interleave(lengths)[None].float()
+    rows = []
+    for row in position_ids:
+        lengths = row[torch.nonzero(F.pad(row[1:], (0, 1)) == 0)[:, 0]] + 1
+        rows.append(lengths.repeat_interleave(lengths).float())
+    return torch.stack(rows)
 
 
 @torch.no_grad()

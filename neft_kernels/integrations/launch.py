@@ -14,7 +14,7 @@ from pathlib import Path
 from neft_kernels.models.options import NoiseOptions
 from neft_kernels.ops.backends import BACKENDS, logger
 from neft_kernels.ops.magnitude import NOISE_ON, SCALES
-from neft_kernels.ops.reference import NOISES
+from neft_kernels.ops.reference import NOISE_KINDS
 
 __all__ = ["add_arguments", "patch_this_process", "run"]
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("options, as those of replace_embeddings()", argument_default=argparse.SUPPRESS)
     options.add_argument("--scale-by", choices=SCALES)
     options.add_argument("--noise-on", choices=NOISE_ON)
-    options.add_argument("--noise", choices=NOISES)
+    options.add_argument("--noise", choices=NOISE_KINDS)
     options.add_argument("--symmetric", action="store_true")
     options.add_argument("--stream", type=int)
     options.add_argument("--backend", choices=BACKENDS)

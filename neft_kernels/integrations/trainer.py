@@ -15,9 +15,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from neft_kernels.models.lookups import input_embeddings
+from neft_kernels.models.model_noise import ModelNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.replace import check_unshared, noisy_modules, replace_embeddings, restore_embeddings, set_alpha
-from neft_kernels.models.state import ModelNoise
 from neft_kernels.models.switch import HOOK_ATTRIBUTE
 from neft_kernels.ops.backends import logger
 

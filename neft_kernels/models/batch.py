@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from neft_kernels.models.options import NoiseOptions
     from neft_kernels.models.symmetric import Doubling
 
-__all__ = ["CACHES", "EMPTY_BATCH", "Batch", "is_cache"]
+__all__ = ["CACHES", "NO_BATCH", "Batch", "is_cache"]
 
 #: What a batch may say about its sequences, in the order in which it counts.
 FIELDS = ("attention_mask", "position_ids", "cu_seq_lens", "labels")
@@ -64,7 +64,7 @@ class Batch:
 
             def is_news(name: str, value: Any) -> bool:
                 """Whether `value` takes the place of the outer one: not if only the outer one can be used."""
-                return name not in FIELDS or getattr(self, name) is None or _tells(name, value, input_ids, length)
+                return name not in FIELDS or getattr(self, name) is None or _is_usable(name, value, input_ids, length)
 
             known = {name: value for name, value in known.items() if value is not None and is_news(name, value)}
         return replace(self, **known)
@@ -84,35 +84,35 @@ class Batch:
             The ids that the model was given before it rearranged them, or `ids` themselves; the arguments of
             :func:`neft_kernels.noise_magnitude` for these; and a note if an argument could not be used.
         """
-        if self is EMPTY_BATCH:
+        if self is NO_BATCH:
             return ids, {}, _note_without_lengths(ids, options)
         tokens = ids
         if row_length is None and self.input_ids is not None and is_rearranged(self.input_ids, ids):
             tokens = self.input_ids
         row_length = tokens.shape[-1] if row_length is None else row_length
-        told, unusable = {}, []
+        usable, unusable = {}, []
         for name, value in self._given():
             if options.noise_on == "all" if name == "labels" else options.scale_by == "batch":
                 continue
             value = _of_tokens(name, value, tokens, row_length, self.input_ids)
-            if _tells(name, value, tokens, row_length):
-                told[name] = value
+            if _is_usable(name, value, tokens, row_length):
+                usable[name] = value
             else:
                 unusable.append((name, value))
-        by_labels = self.is_decoder and options.scale_by != "batch" and not told
-        if by_labels and _tells("labels", self.labels, tokens, row_length):
+        by_labels = self.is_decoder and options.scale_by != "batch" and not usable
+        if by_labels and _is_usable("labels", self.labels, tokens, row_length):
             # Decoders usually get no mask. Collators pad labels with IGNORED_LABEL, so tokens up to the last label count.
             counts = (self.labels != IGNORED_LABEL).flip(-1).cumsum(-1).flip(-1) > 0
-            told["attention_mask"] = counts.to(torch.int64)
+            usable["attention_mask"] = counts.to(torch.int64)
         if torch.compiler.is_compiling():
-            return tokens, told, ""
+            return tokens, usable, ""
         notes = [f"{_described(name, value, tokens)} does not tell the lengths of ids of shape {list(tokens.shape)}"
                  for name, value in unusable]  # fmt: skip
         if tokens.shape != ids.shape:
             notes.append(f"ids of shape {list(tokens.shape)} were looked up as {list(ids.shape)}")
-        if not notes and not told.keys() - {"labels"}:
-            return tokens, told, _note_without_lengths(tokens, options)
-        return tokens, told, "; ".join(notes)
+        if not notes and not usable.keys() - {"labels"}:
+            return tokens, usable, _note_without_lengths(tokens, options)
+        return tokens, usable, "; ".join(notes)
 
     def _given(self) -> Iterator[tuple[str, Any]]:
         for name in FIELDS:
@@ -120,7 +120,7 @@ class Batch:
                 yield name, value
 
 
-EMPTY_BATCH = Batch()
+NO_BATCH = Batch()
 
 
 def is_cache(name: str, value: Any) -> bool:
@@ -163,7 +163,7 @@ def _begin_of_slice(ids: Tensor, given: Tensor) -> int | None:
     return begin if fits else None
 
 
-def _tells(name: str, value: Any, ids: Tensor, row_length: int) -> bool:
+def _is_usable(name: str, value: Any, ids: Tensor, row_length: int) -> bool:
     """Whether :func:`noise_magnitude` accepts `value` as argument `name` for `ids`."""
     if not isinstance(value, Tensor) or value.device != ids.device:
         return False

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
-__all__ = ["OFF", "FirstPasses", "generator_state", "in_backward", "outside_of_selective_checkpointing"]
+__all__ = ["OFF", "FirstPasses", "in_backward", "outside_of_selective_checkpointing", "rng_state_of"]
 
 #: Bytes of the state of PyTorch's CPU generator: its seed, its position and the first 128 of 624 words; and at the end, the
 #: normally distributed numbers that it keeps for later.
@@ -39,44 +39,41 @@ class FirstPasses:
         self._by_storage: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
         self._recent: deque[Any] = deque(maxlen=self.MOST_RECENT)  # keeps the storages of the last passes alive
 
-    def remember(self, ids: Tensor, state: Hashable, noise: Any) -> None:
-        """A first pass on `ids`, begun in `state` of the generator, has `noise`: magnitude and seed, or OFF."""
+    def remember(self, ids: Tensor, rng_state: Hashable, noise: Any) -> None:
+        """A first pass on `ids`, which began in `rng_state`, has `noise`: magnitude and seed, or OFF."""
         if type(ids) is not Tensor:  # it stands for others inside a transform or a trace
             return
         storage, place = ids.untyped_storage(), _place(ids)
         entries = self._by_storage.setdefault(storage, {})
-        if noise is OFF and entries.get((place, state), OFF) is not OFF:
+        if noise is OFF and entries.get((place, rng_state), OFF) is not OFF:
             return  # a pass without noise leaves the state as it is, so the noisy one beside it counts
-        entries.pop((place, state), None)
-        entries[place, state] = noise
+        entries.pop((place, rng_state), None)
+        entries[place, rng_state] = noise
         if len(entries) > self.MOST_OF_A_STORAGE:
             del entries[next(iter(entries))]
         self._recent.append(storage)
 
-    def recall(self, ids: Tensor, state: Hashable, exactly: bool = False) -> Any:
+    def recall(self, ids: Tensor, rng_state: Hashable, exactly: bool = False) -> Any:
         """What the first pass on `ids` had. None if there was none.
 
-        `exactly`: only a pass that began in this `state`. Otherwise, if the generator was not restored, the last pass on these
-        ids counts.
+        `exactly`: only a pass that began in this `rng_state`. Otherwise the last pass on these ids counts if the generator was
+        not restored.
         """
         if type(ids) is not Tensor:
             return None
         entries, place = self._by_storage.get(ids.untyped_storage(), {}), _place(ids)
-        if (place, state) in entries:
-            return entries[place, state]
+        if (place, rng_state) in entries:
+            return entries[place, rng_state]
         if not exactly:
             for (other, _), noise in reversed(entries.items()):
                 if other == place:
                     return noise
+        if rng_state is None:
+            return None
         # The ids may have been copied in between, as save_on_cpu does it. Only here the host waits for the device.
         for storage, others in list(self._by_storage.items()):
-            for (other, other_state), noise in reversed(others.items()):
-                if (
-                    state is not None
-                    and other_state == state
-                    and other[1] == ids.shape
-                    and storage.device == ids.device
-                ):
+            for (other, its_state), noise in reversed(others.items()):
+                if its_state == rng_state and storage.device == ids.device:
                     original = torch.empty(0, dtype=ids.dtype, device=ids.device).set_(storage, *other)
                     if torch.equal(original, ids):
                         return noise
@@ -91,8 +88,10 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def generator_state(device: torch.device) -> Hashable:
-    """What tells states of the default generator of `device` apart. The host does not wait for it. None: it cannot be read."""
+def rng_state_of(device: torch.device) -> Hashable:
+    """A value that differs between states of the default generator of `device`. None if it cannot be read without waiting."""
+    if torch.compiler.is_compiling():
+        return None
     if device.type == "cpu":
         state = torch.default_generator.get_state()
         begin, end = state.data_ptr(), state.data_ptr() + state.numel()

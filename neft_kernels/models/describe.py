@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from neft_kernels.models.embedding import NEFTuneEmbedding, is_wrapper
+from neft_kernels.models.embedding import NEFTuneEmbedding, is_unreadable
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.replace import noisy_modules
 from neft_kernels.models.strength import BOUND, described_kind, described_ratio
-from neft_kernels.models.switch import state as state_of
+from neft_kernels.models.switch import why_off
 from neft_kernels.ops.backends import choose_backend
 
 __all__ = ["EmbeddingReport", "Report", "describe"]
 
 
-MISSED = "the last pass in training reached no noisy embedding"
+NOT_REACHED = "the last pass in training reached no noisy embedding"
 
 
 @dataclass(frozen=True)
@@ -82,33 +82,32 @@ def describe(model: nn.Module) -> Report:
 
 
 def _report(name: str, module: nn.Module, noise: EmbeddingNoise) -> EmbeddingReport:
-    shared, options = noise.shared, noise.shared.options
+    model_noise, options = noise.model_noise, noise.model_noise.options
     noise.measures_next = True  # so that the next report has the embeddings as they are then
-    state = state_of(noise, module)
+    notes = noise.standing_note, noise.note, model_noise.warning, NOT_REACHED if model_noise.reached.missed else ""
+    off = why_off(noise, module) or ("alpha is 0" if model_noise.alpha.now() == 0 else "")
     return EmbeddingReport(
         name=name or "(the model itself)",
         module=type(module).__name__,
         strategy="fused" if _is_fused(module, noise) else "add_noise",
-        alpha=shared.alpha.now(),
+        alpha=model_noise.alpha.now(),
         scale_by=options.scale_by,
         noise_on=options.noise_on,
         noise=options.noise,
         symmetric=options.symmetric,
         stream=options.stream,
         backend=choose_backend(noise.last_device or _device_type(module), options.backend),
-        state="off: alpha is 0" if state == "on" and shared.alpha.now() == 0 else state,
+        state=f"off: {off}" if off else "on",
         last_magnitude=noise.bounds(),
         ratio=noise.ratio(),
-        note="; ".join(
-            filter(None, (noise.standing_note, noise.note, shared.warning, MISSED if shared.reached.missed else ""))
-        ),
+        note="; ".join(filter(None, notes)),
     )
 
 
 def _is_fused(module: nn.Module, noise: EmbeddingNoise) -> bool:
     if not isinstance(module, NEFTuneEmbedding):
         return False
-    return not is_wrapper(module.weight) if noise.was_fused is None else noise.was_fused
+    return not is_unreadable(module.weight) if noise.was_fused is None else noise.was_fused
 
 
 def _device_type(module: nn.Module) -> str:

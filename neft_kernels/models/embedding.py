@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neft_kernels.models import sharding
+from neft_kernels.models.model_noise import ModelNoise
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.passes import parameters_of_forward
-from neft_kernels.models.state import ModelNoise
-from neft_kernels.models.strength import LookUp, readable_table
-from neft_kernels.models.switch import is_on
+from neft_kernels.models.strength import CleanEmbeddings, readable_table
+from neft_kernels.models.switch import begin_pass
 from neft_kernels.ops.autograd import add_noise, noisy_embedding
 
-__all__ = ["NEFTuneEmbedding", "NoiseHook", "is_wrapper"]
+__all__ = ["NEFTuneEmbedding", "NoiseHook", "is_unreadable"]
 
 #: The arguments of :func:`neft_kernels.noise_magnitude` that a noisy embedding takes beside the ids.
 SEQUENCES = frozenset(("attention_mask", "position_ids", "cu_seq_lens", "labels"))
@@ -32,8 +32,9 @@ class NEFTuneEmbedding(nn.Embedding):
 
     Args:
         num_embeddings, embedding_dim, padding_idx, args, kwargs: as in ``nn.Embedding``. ``max_norm`` is not supported.
-        alpha, and the options in kwargs: as in :func:`neft_kernels.replace_embeddings`. If a ``sequence_group`` is set, the
-            masks given to forward may be those of the rank's part or those of the whole sequences.
+        alpha, and the options in kwargs: as in :func:`neft_kernels.replace_embeddings`, without ``argument_names`` and
+            ``symmetric``. If a ``sequence_group`` is set, the masks given to forward may be those of the rank's part or those
+            of the whole sequences.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value. The message names it.
@@ -74,16 +75,16 @@ class NEFTuneEmbedding(nn.Embedding):
         plain = functools.partial(super().forward, input)
         if noise is None or input.ndim == 0:
             return plain()
-        options = noise.shared.options
+        options = noise.model_noise.options
         part = None if options.sequence_group is None else sharding.part_of_rank(input, options)
         weight = self.weight  # nn.Module looks it up in Python
         # Fused, each run of tokens would have a gradient of the size of the table.
-        is_fused = not is_wrapper(weight) and (part is None or part.is_one_run(input))
+        is_fused = not is_unreadable(weight) and (part is None or part.is_one_run(input))
         if not torch.compiler.is_compiling():
             noise.was_fused = is_fused
         if not is_fused:
             return self._forward_in_two_steps(noise, plain, input, sequences)
-        if not is_on(noise, self, input):
+        if not begin_pass(noise, self, input):
             return plain()
         op = functools.partial(
             noisy_embedding,
@@ -94,22 +95,16 @@ class NEFTuneEmbedding(nn.Embedding):
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
-        return noise.add(op, LookUp(input, weight, part=part), sequences)
+        return noise.add(op, CleanEmbeddings(input, weight, part=part), sequences)
 
     def _forward_in_two_steps(
         self, noise: EmbeddingNoise, plain: Callable[[], Tensor], input: Tensor, sequences: dict[str, Tensor | None]
     ) -> Tensor:
-        """The plain forward, then the noise on its output: for a table that is quantised or a DTensor.
-
-        The output of a DTensor is summed or gathered over the ranks first, because otherwise each rank would add noise.
-        """
-        if not is_on(noise, self, input):
-            return plain()
-        if not sharding.is_dtensor(self.weight):
-            return _add_to(plain(), self, noise, input, (), sequences)
+        """The plain forward, then the noise on its output: for a table that is quantised or sharded."""
         ids = input.full_tensor() if sharding.is_dtensor(input) else input  # type: ignore[attr-defined]
-        groups = sharding.tensor_parallel_groups(self)
-        return sharding.add_to_whole(plain(), lambda embeds: _add_to(embeds, self, noise, ids, groups, sequences))
+        if not begin_pass(noise, self, ids):
+            return plain()
+        return _add_to(plain(), self, noise, ids, sharding.tensor_parallel_groups(self), sequences)
 
     def __prepare_scriptable__(self) -> nn.Embedding:
         """What torch.jit.script compiles in place of this module."""
@@ -124,13 +119,9 @@ class NEFTuneEmbedding(nn.Embedding):
         return plain
 
 
-def is_wrapper(weight: Tensor) -> bool:
+def is_unreadable(weight: Tensor) -> bool:
     """Whether the kernels cannot read `weight`: it is a DTensor, or quantised, as torchao does it to a table in place."""
-    if type(weight) is nn.Parameter:
-        return False
-    if sharding.is_dtensor(weight):
-        return True
-    return is_traceable_wrapper_subclass(weight)
+    return type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight)
 
 
 class NoiseHook:
@@ -138,7 +129,7 @@ class NoiseHook:
 
     def __init__(self, noise: EmbeddingNoise) -> None:
         self.noise = noise
-        #: By thread, what the call under way tells: the groups over which the table is sharded, and the sequences.
+        #: Of the call under way in each thread: the groups over which the table is sharded, and the arguments about sequences.
         self._calls: dict[int, tuple[Sequence[Any], dict[str, Tensor | None]]] = {}
 
     def attach(self, module: nn.Module) -> None:
@@ -146,16 +137,16 @@ class NoiseHook:
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after, with_kwargs=True)
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Takes the arguments about sequences, as :meth:`NEFTuneEmbedding.forward` has them, which `module` does not know.
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Takes away the arguments about sequences that :meth:`NEFTuneEmbedding.forward` has, if `module` does not know them.
 
-        Notes over which ranks the table is sharded. After the forward FSDP may have sharded it over its own ranks again.
+        Also keeps the groups over which the table is sharded: after the forward, FSDP may have sharded it over its own again.
         """
-        groups = sharding.tensor_parallel_groups(module) if sharding.distributed_is_on() else ()
-        is_told = SEQUENCES.intersection(kwargs) and not SEQUENCES.intersection(parameters_of_forward(module))
-        told = {name: value for name, value in kwargs.items() if name in SEQUENCES} if is_told else {}
-        self._calls[_thread()] = groups, told
-        return (args, {name: value for name, value in kwargs.items() if name not in told}) if is_told else None
+        sequences = {name: value for name, value in kwargs.items() if name in SEQUENCES}
+        if sequences and SEQUENCES.intersection(parameters_of_forward(module)):
+            sequences = {}
+        self._calls[_thread()] = sharding.tensor_parallel_groups(module), sequences
+        return args, {name: value for name, value in kwargs.items() if name not in sequences}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """The output with its noise."""
@@ -165,18 +156,9 @@ class NoiseHook:
         ids: Any = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), embeds)
         if sharding.is_dtensor(ids):
             ids = ids.full_tensor()
-        if embeds.ndim < 2 or not is_on(noise, module, ids):
+        if embeds.ndim < 2 or not begin_pass(noise, module, ids):
             return output
-        if sharding.is_dtensor(embeds):
-            noisy = sharding.add_to_whole(embeds, lambda whole: _add_to(whole, module, noise, ids, groups, sequences))
-        else:
-            width = getattr(module, "embedding_dim", embeds.shape[-1])
-            if len(groups) == 1 and embeds.shape[-1] != width:  # the output of a table that is sharded by columns
-                noisy = sharding.add_to_columns(
-                    embeds, width, groups[0], lambda wide: _add_to(wide, module, noise, ids, groups, sequences)
-                )
-            else:
-                noisy = _add_to(embeds, module, noise, ids, groups, sequences)
+        noisy = _add_to(embeds, module, noise, ids, groups, sequences)
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
 
 
@@ -196,11 +178,23 @@ def _add_to(
 
     If `ids` have another shape than the tokens in `embeds`, as with several codebooks, they say nothing about the batch.
     """
-    shape = embeds.shape[:-1]
-    is_part = len(groups) == 1 and ids.shape == (*shape[:-1], shape[-1] * sharding.group_size(groups[0]))
-    tokens = ids if is_part or ids.shape == shape else embeds[..., 0]
-    part = sharding.part_of_rank(tokens, noise.shared.options)
-    if is_part and ids.shape != shape:  # the output of tensor parallelism with sequence parallelism
-        part = sharding.part_of_output(part, tokens.shape[-1], shape[-1], groups[0])
-    op = functools.partial(add_noise, embeds) if part is None else functools.partial(sharding.in_parts, part, embeds)
-    return noise.add(op, LookUp(tokens, readable_table(module, tokens, embeds), embeds, part, groups), sequences)
+
+    def add(embeds: Tensor) -> Tensor:
+        shape = embeds.shape[:-1]
+        is_part = len(groups) == 1 and ids.shape == (*shape[:-1], shape[-1] * sharding.group_size(groups[0]))
+        tokens = ids if is_part or ids.shape == shape else embeds[..., 0]
+        part = sharding.part_of_rank(tokens, noise.model_noise.options)
+        if is_part and ids.shape != shape:  # the output of tensor parallelism with sequence parallelism
+            part = sharding.part_of_output(part, tokens.shape[-1], shape[-1], groups[0])
+        op = (
+            functools.partial(add_noise, embeds) if part is None else functools.partial(sharding.in_parts, part, embeds)
+        )
+        clean = CleanEmbeddings(tokens, readable_table(module, tokens, embeds), embeds, part, groups)
+        return noise.add(op, clean, sequences)
+
+    if sharding.is_dtensor(embeds):
+        return sharding.add_to_whole(embeds, add)
+    width = getattr(module, "embedding_dim", embeds.shape[-1])
+    if len(groups) == 1 and embeds.shape[-1] != width:  # the output of a table that is sharded by columns
+        return sharding.add_to_columns(embeds, width, groups[0], add)
+    return add(embeds)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from neft_kernels.models.sharding import SEQUENCE_LAYOUTS, check_group
 from neft_kernels.ops.backends import BACKENDS
-from neft_kernels.ops.checks import check_alpha, check_choice
+from neft_kernels.ops.checks import check_alpha, check_bool, check_choice, check_counters
 from neft_kernels.ops.magnitude import NOISE_ON, SCALES
-from neft_kernels.ops.reference import NOISES
+from neft_kernels.ops.reference import NOISE_KINDS
 
 if TYPE_CHECKING:
     from neft_kernels.models.sharding import Group
@@ -45,11 +45,9 @@ class NoiseOptions:
     def __post_init__(self) -> None:
         check_choice("scale_by", self.scale_by, SCALES)
         check_choice("noise_on", self.noise_on, NOISE_ON)
-        check_choice("noise", self.noise, NOISES)
-        if self.stream is not None and (isinstance(self.stream, bool) or not isinstance(self.stream, int)):
-            raise TypeError(f"stream must be an int or None, not {type(self.stream).__name__}")
-        if self.stream is not None and not 0 <= self.stream < 1 << 32:
-            raise ValueError(f"stream must be None or in [0, 2**32), not {self.stream}")
+        check_choice("noise", self.noise, NOISE_KINDS)
+        if self.stream is not None:
+            check_counters(self.stream, 0)
         if self.backend is not None:
             check_choice("backend", self.backend, BACKENDS)
         check_choice("sequence_layout", self.sequence_layout, SEQUENCE_LAYOUTS)
@@ -57,9 +55,8 @@ class NoiseOptions:
             check_group("sequence_group", self.sequence_group)
         elif self.sequence_layout != "contiguous":
             raise ValueError(f"sequence_layout={self.sequence_layout!r} needs a sequence_group")
-        for name in ("under_no_grad", "symmetric"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+        check_bool("under_no_grad", self.under_no_grad)
+        check_bool("symmetric", self.symmetric)
         if self.symmetric and self.sequence_group is not None:
             raise ValueError(
                 "symmetric=True does not work with a sequence_group, whose ranks hold parts of the sequences; leave one out"

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.models.batch import CACHES, EMPTY_BATCH, Batch, is_cache
+from neft_kernels.models.batch import CACHES, NO_BATCH, Batch, is_cache
 from neft_kernels.models.checkpointing import in_backward
 from neft_kernels.models.lookups import input_embeddings
 from neft_kernels.models.symmetric import BatchDoubler
 from neft_kernels.ops.backends import logger
 
 if TYPE_CHECKING:
+    from neft_kernels.models.model_noise import ModelNoise
     from neft_kernels.models.options import NoiseOptions
-    from neft_kernels.models.state import ModelNoise
 
 __all__ = ["BatchHook", "PassStack", "modules_around", "parameters_of_forward"]
 
@@ -50,7 +50,7 @@ class PassStack:
     def batch(self) -> Batch:
         """The batch of the innermost pass of this thread."""
         innermost = self._innermost()
-        return EMPTY_BATCH if innermost is None else innermost.batch
+        return NO_BATCH if innermost is None else innermost.batch
 
     @property
     def in_compiled_model(self) -> bool:
@@ -70,7 +70,7 @@ class PassStack:
         while innermost is not None and innermost.owner is not owner:
             innermost = innermost.outside
         if innermost is None:
-            return EMPTY_BATCH
+            return NO_BATCH
         self._set(innermost.outside)
         return innermost.batch
 
@@ -119,18 +119,18 @@ class BatchHook:
     If nested modules take the same argument, the innermost one wins: a decoder has an ``attention_mask`` of its own.
     """
 
-    def __init__(self, shared: "ModelNoise", module: nn.Module) -> None:
-        self.shared = shared
+    def __init__(self, model_noise: "ModelNoise", module: nn.Module) -> None:
+        self.model_noise = model_noise
         self.parameters = parameters_of_forward(module)
         self.positional = parameters_of_forward(module, positional=True)
         #: The names that this model's forward has for arguments that it calls differently.
-        self.names = own_names(shared.options)
+        self.names = own_names(model_noise.options)
         self.warned: set[str] = set()
         self.doubler = BatchDoubler(self.positional, self.names)
 
     def attach(self, module: nn.Module) -> None:
         """Registers both hooks."""
-        self.shared.around.add(module)
+        self.model_noise.around.add(module)
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after, always_call=True)
 
@@ -138,16 +138,16 @@ class BatchHook:
         # A module's hooks are copied before its submodules, so the embeddings below find the copy in `memo`.
         if id(self) not in memo:
             twin = memo[id(self)] = copy.copy(self)
-            twin.shared = self.shared.own_copy(memo)
+            twin.model_noise = self.model_noise.own_copy(memo)
         return memo[id(self)]
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Reads the arguments, and pushes the batch that they describe. Returns those with which the module goes on."""
-        passes = self.shared.passes
+        passes = self.model_noise.passes
         passes.pop(self)  # a pass that an interrupt left behind, because hooks do not run after an interrupt
         outside, doubling = passes.batch, None
-        if self.shared.options.symmetric and outside is EMPTY_BATCH:
-            args, kwargs, doubling = self.doubler.double(self.shared, module, args, kwargs)
+        if self.model_noise.options.symmetric and outside is NO_BATCH:
+            args, kwargs, doubling = self.doubler.double(self.model_noise, module, args, kwargs)
         given = dict.fromkeys(self.parameters) | dict(zip(self.positional, args, strict=False)) | kwargs
         ids_name = self.names.get("input_ids", "input_ids")
         mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, Mapping) and ids_name in value]
@@ -185,14 +185,12 @@ class BatchHook:
         batch = replace(batch, generating=outside.generating or generates, doubling=doubling or outside.doubling)
         passes.push(self, batch)
 
-        if (
-            outside is not EMPTY_BATCH or torch.compiler.is_compiling()
-        ):  # a graph would depend on the count, and recompile
+        if outside is not NO_BATCH or torch.compiler.is_compiling():  # a graph would depend on the count, and recompile
             return args, kwargs
-        self.shared.around.add(module)
+        self.model_noise.around.add(module)
         in_training = module.training and torch.is_grad_enabled() and not in_backward()
         if in_training:
-            self.shared.alpha.count_pass()
+            self.model_noise.alpha.count_pass()
             if batch.generating:
                 self._warn(
                     "a cache was passed to the model in training, without labels: the pass counts as generation, "
@@ -201,17 +199,17 @@ class BatchHook:
             self._check_wrapper(module)
         has_embeds = any(given.get(name) is not None for name in ("inputs_embeds", "decoder_inputs_embeds"))
         must_reach = in_training and input_ids is not None and input_ids.ndim > 0 and not has_embeds
-        self.shared.reached.pass_begins(must_reach)
+        self.model_noise.reached.pass_begins(must_reach)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Pops the batch. Returns the output for the batch that the module was given, before it was doubled."""
-        batch, outside = self.shared.passes.pop(self), self.shared.passes.batch
-        if batch.doubling is not None and outside is EMPTY_BATCH:
+        batch, outside = self.model_noise.passes.pop(self), self.model_noise.passes.batch
+        if batch.doubling is not None and outside is NO_BATCH:
             output = batch.doubling.output(output)
-        if torch.compiler.is_compiling() or outside is not EMPTY_BATCH:
+        if torch.compiler.is_compiling() or outside is not NO_BATCH:
             return output
-        if self.shared.reached.pass_ends() and output is not None:  # None: the forward failed
+        if self.model_noise.reached.pass_ends() and output is not None:  # None: the forward failed
             self._warn(
                 "the model's pass in training reached no noisy embedding, so it has no noise; a module that was added "
                 "after replace_embeddings(), such as an adapter, probably looks the tokens up itself; call "
@@ -221,14 +219,14 @@ class BatchHook:
 
     def _check_wrapper(self, module: nn.Module) -> None:
         wrapper, _ = input_embeddings(module)
-        self.shared.warning = ""
+        self.model_noise.warning = ""
         if getattr(wrapper, "lora_magnitude_vector", None):  # DoRA, which scales the output of the table that it wraps
             hooks = wrapper._forward_hooks.values()  # type: ignore[union-attr]
             if not any(hasattr(getattr(hook, "__self__", None), "noise") for hook in hooks):
-                self.shared.warning = (
+                self.model_noise.warning = (
                     "DoRA was added after replace_embeddings() and scales the noise too; call it again"
                 )
-                self._warn(self.shared.warning)
+                self._warn(self.model_noise.warning)
 
     def _warn(self, message: str) -> None:
         if message not in self.warned:

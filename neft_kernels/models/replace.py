@@ -16,10 +16,10 @@ from torch.nn.parallel import DataParallel
 
 from neft_kernels.models.embedding import NEFTuneEmbedding, NoiseHook
 from neft_kernels.models.lookups import check_model, is_encoder_decoder, is_plain, token_embeddings
+from neft_kernels.models.model_noise import ModelNoise
 from neft_kernels.models.noise import EmbeddingNoise
 from neft_kernels.models.options import AlphaSchedule, NoiseOptions
 from neft_kernels.models.passes import BatchHook, modules_around
-from neft_kernels.models.state import ModelNoise
 from neft_kernels.models.switch import warn_of_other_noise
 from neft_kernels.ops.backends import choose_backend, logger
 
@@ -103,11 +103,11 @@ def replace_embeddings(
         noise=noise,
         symmetric=symmetric,
     )
-    shared = ModelNoise(options, AlphaSchedule(alpha), is_shared=True)
+    model_noise = ModelNoise(options, AlphaSchedule(alpha), for_whole_model=True)
     embeddings, note = token_embeddings(model)
     if noise_on != "all" and is_encoder_decoder(model):
         raise ValueError(f"noise_on={noise_on!r} is for decoder-only models: here labels are not about input_ids")
-    if symmetric and isinstance(model, DataParallel):
+    if symmetric and any(isinstance(module, DataParallel) for module in model.modules()):
         raise ValueError(
             "symmetric=True does not work on a DataParallel, which would split the doubled batch; call replace_embeddings() "
             "on the model inside"
@@ -121,16 +121,16 @@ def replace_embeddings(
     before = _noise_of(model)
     check_unshared(model)
     contexts = (count for paused, count in _paused.items() if paused in names or model in paused.modules())
-    shared.pause(max([sum(contexts), *(each.paused for each in before)]))
+    model_noise.pause(max([sum(contexts), *(each.paused for each in before)]))
 
     restore_embeddings(model)
     for module in embeddings:
-        _put_in(module, EmbeddingNoise(shared, names[module], note))
+        _put_in(module, EmbeddingNoise(model_noise, names[module], note))
     logger.info("%s: noise goes into %s", type(model).__name__, ", ".join(names[module] for module in embeddings))
     if note:
         logger.warning("%s: %s", type(model).__name__, note)
     for module in around:
-        BatchHook(shared, module).attach(module)
+        BatchHook(model_noise, module).attach(module)
     return model
 
 
@@ -152,7 +152,7 @@ def _other_owner(model: nn.Module, noise: ModelNoise) -> nn.Module | None:
 
 
 def _put_in(module: nn.Module, noise: EmbeddingNoise) -> None:
-    noise.shared.embeddings.add(module)
+    noise.model_noise.embeddings.add(module)
     if is_plain(module):
         module.__class__ = NEFTuneEmbedding
         module.noise = noise  # type: ignore[assignment]
@@ -182,9 +182,9 @@ def restore_embeddings(model: Model) -> Model:
 
 def _take_out(module: nn.Module, others: set[int]) -> None:
     """Undoes :func:`_put_in` and the hooks around, except for the noise of `others`."""
-    if isinstance(module, NEFTuneEmbedding) and (module.noise is None or id(module.noise.shared) not in others):
+    if isinstance(module, NEFTuneEmbedding) and (module.noise is None or id(module.noise.model_noise) not in others):
         if module.noise is not None:
-            module.noise.shared.embeddings.discard(module)
+            module.noise.model_noise.embeddings.discard(module)
         if type(module) is NEFTuneEmbedding and not {"built_in_noise", "forward"} & module.__dict__.keys():
             module.__class__ = nn.Embedding  # type: ignore[assignment]
             del module.noise
@@ -197,10 +197,11 @@ def _take_out(module: nn.Module, others: set[int]) -> None:
             owner = getattr(hook, "__self__", None)
             if not isinstance(owner, (NoiseHook, BatchHook)):
                 continue
-            shared = owner.shared if isinstance(owner, BatchHook) else owner.noise.shared
-            if id(shared) in others:
+            model_noise = owner.model_noise if isinstance(owner, BatchHook) else owner.noise.model_noise
+            if id(model_noise) in others:
                 continue
-            shared.around.discard(module) if isinstance(owner, BatchHook) else shared.embeddings.discard(module)
+            members = model_noise.around if isinstance(owner, BatchHook) else model_noise.embeddings
+            members.discard(module)
             for registry in (
                 hooks,
                 module._forward_hooks_always_called,
@@ -224,7 +225,7 @@ def noisy_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, EmbeddingN
 
 def _noise_of(model: nn.Module) -> list[ModelNoise]:
     """The noise of all noisy embeddings of `model`, each once."""
-    return list({id(noise.shared): noise.shared for _, _, noise in noisy_modules(model)}.values())
+    return list({id(noise.model_noise): noise.model_noise for _, _, noise in noisy_modules(model)}.values())
 
 
 @contextlib.contextmanager
@@ -257,7 +258,7 @@ def set_alpha(model: nn.Module, alpha: float | Callable[[int], float], *, step: 
     Raises:
         TypeError, ValueError: `alpha` is no number >= 0, or `model` has no noisy embeddings.
     """
-    found = {noise.shared: module for _, module, noise in noisy_modules(model)}
+    found = {noise.model_noise: module for _, module, noise in noisy_modules(model)}
     if not found:
         raise ValueError("model has no noisy embeddings; call replace_embeddings(model) first")
     for each, module in found.items():

@@ -99,7 +99,7 @@ def is_dtensor(tensor: Any) -> bool:
 
 def tensor_parallel_groups(module: nn.Module) -> "list[ProcessGroup]":
     """The groups over which the parameters of `module` are sharded while its forward runs, when FSDP has gathered its own."""
-    for parameter in module.parameters():
+    for parameter in module.parameters() if distributed_is_on() else ():
         if is_dtensor(parameter):
             return groups_of(parameter.device_mesh)  # type: ignore[attr-defined]
     return []

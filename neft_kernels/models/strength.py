@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 __all__ = [
     "BOUND",
     "RELATIVE_STRENGTH",
-    "LookUp",
+    "CleanEmbeddings",
     "described_kind",
     "described_ratio",
     "measured_rms",
     "readable_table",
     "rms_of_noise",
-    "root",
+    "root_mean_square",
 ]
 
-#: What the magnitude of a token is to its noise, for people.
+#: How the noise of a token relates to its magnitude, in words.
 BOUND = {"uniform": "within +-", "sign": "+-", "gaussian": "of magnitude "}
 #: The root mean square of noise of each kind, over that of uniform noise of the same magnitude.
 RELATIVE_STRENGTH = {"uniform": 1.0, "sign": math.sqrt(3), "gaussian": 1.0}
@@ -39,7 +39,7 @@ TOKENS, ELEMENTS = 1024, 1 << 22
 
 
 @dataclass(frozen=True)
-class LookUp:
+class CleanEmbeddings:
     """The embeddings that a pass looks up, without their noise."""
 
     ids: Tensor  # [..., l]
@@ -47,7 +47,7 @@ class LookUp:
     table: Tensor | None
     #: What the module returned, ``[..., l, D]``. None: the rows of `table`, which the op looks up itself.
     output: Tensor | None = None
-    #: The part that the ids are of whole rows. None: they are whole rows.
+    #: Which part of the whole rows the ids are. None: they are whole rows.
     part: Part | None = None
     #: The process groups over which the table is sharded.
     groups: "Sequence[ProcessGroup]" = ()
@@ -62,7 +62,7 @@ class LookUp:
     def squares(self, magnitude: float | Tensor) -> Tensor:
         """The sum of the squares of the embeddings whose `magnitude` is not 0, and the number of summands, ``[2]``.
 
-        It is about a sample of the tokens. Zeros are not counted: padding in a table, and columns that other ranks hold.
+        Only a sample of the tokens is measured. Zeros are not counted: padding in a table, and columns that other ranks hold.
         """
         shape = self.ids.shape if self.output is None else self.output.shape[:-1]
         step = max(1, shape.numel() // TOKENS)
@@ -86,11 +86,11 @@ def measured_rms(
 ) -> float:
     """The root mean square of the table, times the factor by which the module scales what it looks up.
 
-    If the table cannot be read, as when it is quantised, it is that of the tokens whose `magnitude` is not 0. Waits for the
-    device.
+    If the table cannot be read, for example because it is quantised, the embeddings of the tokens whose `magnitude` is not 0
+    are measured. Waits for the device.
 
     Args:
-        ids, table, output: as in :class:`LookUp`.
+        ids, table, output: as in :class:`CleanEmbeddings`.
         magnitude: of each token.
         groups: the names of the process groups over which the table or the sequences are sharded. Their ranks get the same
             number.
@@ -111,15 +111,15 @@ def measured_rms(
     if output is None:
         assert table is not None
         return _rms_of_table(table)
-    of_output = root(sum_over(groups, LookUp(ids, table, output).squares(magnitude)))
+    of_output = root_mean_square(sum_over(groups, CleanEmbeddings(ids, table, output).squares(magnitude)))
     if table is None:
         return of_output
-    of_rows = root(sum_over(groups, LookUp(ids, table).squares(magnitude)))
+    of_rows = root_mean_square(sum_over(groups, CleanEmbeddings(ids, table).squares(magnitude)))
     return _rms_of_table(table) * of_output / of_rows if of_rows else 0.0
 
 
-# What torch.compiler.assume_constant_result does, without its import of dynamo, which calls this with the real tensors while
-# it traces.
+# What torch.compiler.assume_constant_result does, without importing dynamo. While dynamo traces, it calls this function with
+# the real tensors.
 measured_rms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -141,9 +141,9 @@ def readable_table(module: nn.Module, ids: Tensor, output: Tensor) -> Tensor | N
     return fitting[-1] if fitting else None
 
 
-def described_kind(noise: str, symmetric: bool) -> str:
-    """The kind of noise, for people, who expect uniform noise."""
-    return " ".join([*(["symmetric"] if symmetric else []), *([noise] if noise != "uniform" else []), "noise"])
+def described_kind(kind: str, symmetric: bool) -> str:
+    """The kind of noise in words. Readers expect uniform noise, so that is not named."""
+    return " ".join([*(["symmetric"] if symmetric else []), *([kind] if kind != "uniform" else []), "noise"])
 
 
 def described_ratio(ratio: float) -> str:
@@ -156,12 +156,15 @@ def described_ratio(ratio: float) -> str:
     return f"{ratio:.3g} of the embeddings{hint}"
 
 
-def rms_of_noise(magnitude: float | Tensor, noise: str) -> float:
-    """Over the tokens that have noise. That of numbers which are uniform in (-m, m) is m / sqrt(3). Waits for the device."""
+def rms_of_noise(magnitude: float | Tensor, kind: str) -> float:
+    """The root mean square of the noise, over the tokens that have noise. Waits for the device.
+
+    Numbers that are uniform in (-m, m) have m / sqrt(3).
+    """
     if not isinstance(magnitude, Tensor):
-        return RELATIVE_STRENGTH[noise] * magnitude / math.sqrt(3)
+        return RELATIVE_STRENGTH[kind] * magnitude / math.sqrt(3)
     noisy = magnitude[magnitude > 0].to(wide_dtype(magnitude.device))
-    return RELATIVE_STRENGTH[noise] * math.sqrt(noisy.square().mean().item() / 3) if noisy.numel() else 0.0
+    return RELATIVE_STRENGTH[kind] * math.sqrt(noisy.square().mean().item() / 3) if noisy.numel() else 0.0
 
 
 def _rms_of_table(table: Tensor) -> float:
@@ -171,7 +174,7 @@ def _rms_of_table(table: Tensor) -> float:
     return math.sqrt(torch.stack(squares).sum().item() / table.numel())
 
 
-def root(squares: Tensor) -> float:
-    """The root mean square that :meth:`LookUp.squares` tells. 0.0 if no token has noise. Waits for the device."""
+def root_mean_square(squares: Tensor) -> float:
+    """From the sum and the count of :meth:`CleanEmbeddings.squares`. 0.0 if no token has noise. Waits for the device."""
     total, count = squares.tolist()
     return math.sqrt(total / count) if count else 0.0

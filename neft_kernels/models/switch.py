@@ -3,28 +3,28 @@
 import torch
 from torch import Tensor, nn
 
-from neft_kernels.models.checkpointing import OFF, generator_state, in_backward
+from neft_kernels.models.checkpointing import OFF, in_backward, rng_state_of
 from neft_kernels.models.noise import EmbeddingNoise
 
-__all__ = ["HOOK_ATTRIBUTE", "is_on", "state", "warn_of_other_noise"]
+__all__ = ["HOOK_ATTRIBUTE", "begin_pass", "warn_of_other_noise", "why_off"]
 
 #: What transformers sets on an embedding that its own NEFTune hook is on, and the name of the hook.
 HOOK_ATTRIBUTE = "neftune_noise_alpha"
 HOOK_NAME = "neftune_post_forward_hook"
 
 
-def is_on(noise: EmbeddingNoise, module: nn.Module, ids: Tensor) -> bool:
+def begin_pass(noise: EmbeddingNoise, module: nn.Module, ids: Tensor) -> bool:
     """Whether this forward pass of `module` on `ids` has noise. A pass that is recomputed has it if the first one had.
 
     Call it once in each pass: it counts the pass, and remembers one without noise for its recomputation.
     """
-    noise.shared.reached.embedding_called()
+    noise.model_noise.reached.embedding_called()
     warn_of_other_noise(noise, module)
-    now = state(noise, module) == "on"
+    now = not why_off(noise, module)
     if torch.compiler.is_compiling():
         return now
     if in_backward():
-        first = noise.first_passes.recall(ids, generator_state(ids.device), exactly=not module.training)
+        first = noise.first_passes.recall(ids, rng_state_of(ids.device), exactly=not module.training)
         if first is None:
             return now
         if first is OFF and now:
@@ -34,24 +34,24 @@ def is_on(noise: EmbeddingNoise, module: nn.Module, ids: Tensor) -> bool:
             )
         return first is not OFF
     if module.training and not now:
-        noise.first_passes.remember(ids, generator_state(ids.device), OFF)
+        noise.first_passes.remember(ids, rng_state_of(ids.device), OFF)
     return now
 
 
-def state(noise: EmbeddingNoise, module: nn.Module) -> str:
-    """ "on", or why `module` has no noise at this moment."""
-    shared = noise.shared
+def why_off(noise: EmbeddingNoise, module: nn.Module) -> str:
+    """Why `module` has no noise at this moment. Empty if it has."""
+    model_noise = noise.model_noise
     if not module.training:
-        return "off: evaluation mode"
-    if not torch.is_grad_enabled() and not shared.options.under_no_grad:
-        return "off: gradients are disabled"
-    if shared.paused:
-        return "off: inside no_noise"
-    if shared.passes.batch.generating:
-        return "off: a cache is passed, so the model is generating"
+        return "evaluation mode"
+    if not torch.is_grad_enabled() and not model_noise.options.under_no_grad:
+        return "gradients are disabled"
+    if model_noise.paused:
+        return "inside no_noise"
+    if model_noise.passes.batch.generating:
+        return "a cache is passed, so the model is generating"
     if _other_noise_is_on(module):
-        return "off: the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
-    return "off: alpha is 0" if shared.alpha.is_always_zero() else "on"
+        return "the Hugging Face hook (neftune_noise_alpha) is on this embedding and adds its own noise"
+    return "alpha is 0" if model_noise.alpha.is_always_zero() else ""
 
 
 def warn_of_other_noise(noise: EmbeddingNoise, module: nn.Module) -> None:

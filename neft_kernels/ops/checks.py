@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .reference import NOISES
+from .reference import NOISE_KINDS
 
 _ID_DTYPES = frozenset((torch.int64, torch.int32))
 _OTHER_ID_DTYPES = frozenset(
@@ -21,16 +21,21 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def check_bool(name: str, value: bool) -> None:
+    """`value`, the argument `name`, is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
+
+
 def check_noise(noise: str) -> int:
     """Returns the kind of noise as the ops take it."""
-    check_choice("noise", noise, NOISES)
-    return NOISES.index(noise)
+    check_choice("noise", noise, NOISE_KINDS)
+    return NOISE_KINDS.index(noise)
 
 
 def check_symmetric(symmetric: bool, tokens_shape: torch.Size, name: str) -> None:
     """If `symmetric` is True, the tokens are two halves. `name` is the argument whose tokens have `tokens_shape`."""
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric must be True or False, not {type(symmetric).__name__}")
+    check_bool("symmetric", symmetric)
     if symmetric and math.prod(tokens_shape) % 2:
         raise ValueError(
             f"symmetric=True needs an even number of tokens, half of them with the negative noise of the others, but {name} "
@@ -121,7 +126,7 @@ def check_seed(seed: int | Tensor, device: torch.device) -> Tensor:
 def check_counters(stream: int, first_token: int) -> None:
     """`stream` and `first_token` are integers that fit into the generator's counter."""
     for name, value in (("stream", stream), ("first_token", first_token)):
-        if not isinstance(value, (numbers.Integral, torch.SymInt)):
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"stream must be in [0, 2**32), not {stream}")

@@ -45,7 +45,7 @@ from torch import Tensor
 
 __all__ = [
     "GAUSSIAN",
-    "NOISES",
+    "NOISE_KINDS",
     "SIGN",
     "UNIFORM",
     "add_noise",
@@ -55,7 +55,7 @@ __all__ = [
     "uniform",
 ]
 
-NOISES = ("uniform", "sign", "gaussian")  # the kinds of noise; the ops take the index
+NOISE_KINDS = ("uniform", "sign", "gaussian")  # the kinds of noise; the ops take the index
 UNIFORM, SIGN, GAUSSIAN = range(3)
 GAUSSIAN_FACTORS = (
     13.442853,
@@ -132,11 +132,11 @@ def uniform(tokens: Tensor, embedding_dim: int, dtype: torch.dtype, seed: Tensor
     return u.reshape(tokens.numel(), -1)[:, :embedding_dim]
 
 
-def shape_noise(u: Tensor, noise: int) -> Tensor:
-    """The noise that kind `noise` makes of uniforms, in their type."""
-    if noise == UNIFORM:
+def shape_noise(u: Tensor, kind: int) -> Tensor:
+    """The noise that `kind` makes of uniforms, in their type."""
+    if kind == UNIFORM:
         return u
-    if noise == SIGN:
+    if kind == SIGN:
         return torch.where(u > 0, 1.0, -1.0).to(u.dtype)
     single = u.to(torch.float32)  # exact
     x = _octaves(single)
@@ -161,12 +161,12 @@ def noisy_embedding(
     magnitude: float,
     stream: int,
     first_token: int,
-    noise: int = UNIFORM,
+    kind: int = UNIFORM,  # the index in NOISE_KINDS
     symmetric: bool = False,
 ) -> Tensor:  # [..., D]
     """``weight[input_ids] + magnitude * noise``; ids are taken to be in range."""
     embeds = weight.index_select(0, input_ids.reshape(-1)).reshape(*input_ids.shape, weight.shape[1])
-    return add_noise(embeds, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
+    return add_noise(embeds, seed, token_magnitude, magnitude, stream, first_token, kind, symmetric)
 
 
 def add_noise(
@@ -176,7 +176,7 @@ def add_noise(
     magnitude: float,
     stream: int,
     first_token: int,
-    noise: int = UNIFORM,
+    kind: int = UNIFORM,  # the index in NOISE_KINDS
     symmetric: bool = False,
 ) -> Tensor:  # [..., D]
     """``embeds + magnitude * noise``."""
@@ -198,7 +198,7 @@ def add_noise(
         index = torch.arange(part.start, part.stop, device=embeds.device)
         negated = index >= first_negated
         tokens = first_token + torch.where(negated, index - first_negated, index)
-        n = shape_noise(uniform(tokens, embedding_dim, embeds.dtype, seed, stream), noise)
+        n = shape_noise(uniform(tokens, embedding_dim, embeds.dtype, seed, stream), kind)
         out_rows[part] = _add(rows[part], magnitudes[part], torch.where(negated[:, None], -n, n))
     return out
 

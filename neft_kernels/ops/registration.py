@@ -22,7 +22,7 @@ __all__ = ["OVERLOADS", "kernel_of"]
 
 _NOISE = "Tensor seed, Tensor? token_magnitude, float magnitude, int stream, SymInt first_token"
 _GRADIENT = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
-# `noise` is the index in NOISES. These are last, in the order in which they came, because saved graphs may lack them.
+# `noise` is the index in NOISE_KINDS. These are last, in the order in which they came, because saved graphs may lack them.
 _KIND = "int noise=0, bool symmetric=False"
 _SCHEMAS = {
     "noisy_embedding": f"(Tensor input_ids, Tensor weight, {_NOISE}, {_GRADIENT}, {_KIND}) -> Tensor",
@@ -102,7 +102,7 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
         padding_idx: int = -1,  # these three are for the gradient
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
-        noise: int = reference.UNIFORM,
+        kind: int = reference.UNIFORM,
         symmetric: bool = False,
     ) -> Tensor:
         check_symmetric(symmetric, input_ids.shape, "input_ids")
@@ -110,7 +110,7 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
             check_magnitude_values(token_magnitude, magnitude)
         if input_ids.device.type == "cpu" or switches.check_ids:
             check_id_values(input_ids, weight.shape[0])
-        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
+        return compute(input_ids, weight, seed, token_magnitude, magnitude, stream, first_token, kind, symmetric)
 
     def add_noise(
         embeds: Tensor,
@@ -119,13 +119,13 @@ def with_checks(op: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor
         magnitude: float,
         stream: int,
         first_token: int,
-        noise: int = reference.UNIFORM,
+        kind: int = reference.UNIFORM,
         symmetric: bool = False,
     ) -> Tensor:
         check_symmetric(symmetric, embeds.shape[:-1], "embeds")
         if embeds.device.type == "cpu":
             check_magnitude_values(token_magnitude, magnitude)
-        return compute(embeds, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
+        return compute(embeds, seed, token_magnitude, magnitude, stream, first_token, kind, symmetric)
 
     checked: dict[str, Callable[..., Tensor]] = {"noisy_embedding": noisy_embedding, "add_noise": add_noise}
     return checked.get(op, compute)

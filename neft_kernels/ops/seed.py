@@ -12,7 +12,7 @@ __all__ = ["draw_seed"]
 _MOST_NEGATIVE = -(1 << 63)
 _NUM_SEEDS = (1 << 64) - 1  # torch.randint leaves out the largest int64
 _WORD_MASK = 0xFFFFFFFF
-#: By how much a kernel of PyTorch moves the offset of the generator on for one random number.
+#: How far a kernel of PyTorch moves the offset of the generator for one random number.
 _OFFSET_STEP = 4
 
 _generator_lock = threading.Lock()

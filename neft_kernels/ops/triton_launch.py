@@ -68,11 +68,11 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.xpu.device(tensor.get_device()) if tensor.is_xpu else contextlib.nullcontext()
 
 
-def tile_grid(num_tokens: int, rows_of_tile: int, column_tiles: int) -> tuple[int, int, int]:
-    """The tiles of a row; and the tiles of rows, in as few parts as fit, which are equally large."""
-    row_tiles = -(-num_tokens // rows_of_tile)
-    parts = -(-row_tiles // MAX_GRID_Y)
-    return column_tiles, -(-row_tiles // parts), parts
+def tile_grid(num_tokens: int, tokens_of_tile: int, column_tiles: int) -> tuple[int, int, int]:
+    """The tiles of a row; and the tiles of tokens, in as few parts as fit, which are equally large."""
+    token_tiles = -(-num_tokens // tokens_of_tile)
+    parts = -(-token_tiles // MAX_GRID_Y)
+    return column_tiles, -(-token_tiles // parts), parts
 
 
 def seed_arguments(seed: Tensor, device: torch.device) -> tuple[Tensor, int, int]:

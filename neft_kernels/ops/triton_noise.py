@@ -4,14 +4,15 @@ A Philox call gives 16 bytes of random words: the noise of 8 columns in half pre
 in fp64. So the unit of work is a vector of 16 bytes of a row, which is also the widest load and store of a GPU thread:
 what a thread draws is what it adds to what it has loaded, nothing moves between threads, and no shared memory is used.
 
-A program writes a tile of ``ROWS`` tokens by ``VECTORS`` vectors, and each thread four vectors of it. If they are of one row,
-its id, its address and the first words of its counters are computed once. Programs of the same rows follow on each other, so
-that whole rows are read and written at about the same time. The arithmetic is that of
-:mod:`neft_kernels.ops.reference`, and the kernel is launched without floating-point fusion, because the product and the sum
-round separately. ``tools/check_gpu.py`` looks at the machine code for all of this.
+A program writes a tile of ``TOKENS`` tokens by ``VECTORS`` vectors, and each thread four vectors of it. If they are of one
+row, its id, its address and the first words of its counters are computed once. Programs of the same rows follow on each other,
+so that whole rows are read and written at about the same time. The arithmetic is that of :mod:`neft_kernels.ops.reference`,
+and the kernel is launched without floating-point fusion, because the product and the sum round separately.
+``tools/check_gpu.py`` looks at the machine code for all of this.
 """
 
 import functools
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -25,8 +26,8 @@ __all__ = ["add_noise", "noisy_embedding"]
 # The largest tile, and its warps. benchmarks/tune_gpu.py tries others.
 TILE_VECTORS = 512
 NUM_WARPS = 4
-# Whether tiles that are narrower, but not too narrow for a warp, have one row and fewer warps, rather than several rows.
-ONE_ROW = True
+# Whether tiles that are narrower, but not too narrow for a warp, have one token and fewer warps, rather than several tokens.
+ONE_TOKEN = True
 # Registers of a thread. Without a limit ptxas uses fewer, and delays three of the four loads until the first vector is done.
 MAX_REGISTERS = 80
 
@@ -70,8 +71,8 @@ def _gaussian(u):
 
 
 @triton.jit
-def _noise(tokens, vectors, seed, stream, dtype: tl.constexpr, NOISE: tl.constexpr):
-    # [R], [V] -> [R, V * columns of a vector]
+def _noise(tokens, vectors, seed, stream, dtype: tl.constexpr, KIND: tl.constexpr):
+    # [T], [V] -> [T, V * columns of a vector]
     # The counter's words broadcast against each other, so what depends on the token alone is computed once a token.
     token, vector = tokens[:, None], vectors[None, :]
     block = vector // 2 if dtype == tl.float64 else vector
@@ -91,15 +92,15 @@ def _noise(tokens, vectors, seed, stream, dtype: tl.constexpr, NOISE: tl.constex
         words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
     if dtype.primitive_bitwidth == 16:
         halves = tl.join(words & 0xFFFF, words >> 16)  # low half first
-        if NOISE == _SIGN:
+        if KIND == _SIGN:
             noise = ((halves ^ 0x8000) << 16 & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
         else:
             noise = tl.fma(halves.to(tl.float32), 2.0**-15, 2.0**-16 - 1)  # exact, so nothing is lost by fusing
-    elif NOISE == _SIGN:
+    elif KIND == _SIGN:
         noise = (words & 0x80000000 | 0x3F800000).to(tl.float32, bitcast=True)
     else:
         noise = ((words.to(tl.int32, bitcast=True) >> 8) | 1).to(tl.float32) * 2.0**-23
-    if NOISE == _GAUSSIAN:
+    if KIND == _GAUSSIAN:
         noise = _gaussian(noise)
     return tl.reshape(noise, [tokens.shape[0], vectors.shape[0] * (128 // dtype.primitive_bitwidth)])
 
@@ -126,21 +127,21 @@ def _round_to(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows):
-    # Of each token, [R].
+def _source_row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows):
+    # Of each token, [T].
     if token_magnitude is None:
         m = tl.full(tokens.shape, magnitude, tl.float32)
     else:
         m = tl.load(token_magnitude + tokens, mask=is_token, other=0.0)
     if input_ids is None:
-        row = tokens
+        source_row = tokens
     else:
         # An id that is out of range reads row 0 and makes it NaN.
-        row = tl.load(input_ids + tokens, mask=is_token, other=0).to(tl.int64)
-        valid = row.to(tl.uint64) < num_rows.to(tl.uint64)
-        row = tl.where(valid, row, 0)
+        source_row = tl.load(input_ids + tokens, mask=is_token, other=0).to(tl.int64)
+        valid = source_row.to(tl.uint64) < num_rows.to(tl.uint64)
+        source_row = tl.where(valid, source_row, 0)
         m = tl.where(valid, m, float("nan"))
-    return row, m
+    return source_row, m
 
 
 @triton.jit
@@ -158,8 +159,8 @@ def _store_noisy(target, w, m, noise, inside):
 @triton.jit(do_not_specialize=range(5, 15))
 def noisy_rows_kernel(
     out,  # [T, D], contiguous
-    rows,  # [num_rows, D]
-    input_ids,  # [T], contiguous: the row of each token; None: row t for token t
+    source,  # [num_rows, D]
+    input_ids,  # [T], contiguous: the source row of each token; None: row t for token t
     seed,  # [1]; a null pointer: it is given by its halves, which are 0 otherwise
     token_magnitude,  # [T], contiguous; None: every token gets `magnitude`
     seed_low,
@@ -174,9 +175,9 @@ def noisy_rows_kernel(
     column_stride,
     UNIT: tl.constexpr,  # columns that a row and the distance between rows are a multiple of
     CONTIGUOUS: tl.constexpr,  # columns lie side by side
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     VECTORS: tl.constexpr,
-    NOISE: tl.constexpr,
+    KIND: tl.constexpr,  # of noise
     SYMMETRIC: tl.constexpr,  # a program also writes the same tokens of the second half, with the noise negated
 ):
     dtype: tl.constexpr = out.dtype.element_ty
@@ -187,8 +188,8 @@ def noisy_rows_kernel(
         column_stride = 1
 
     column_tile = tl.program_id(0)
-    row_tile = tl.program_id(1) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
-    tokens = row_tile * ROWS + tl.arange(0, ROWS)
+    token_tile = tl.program_id(1) + tl.program_id(2).to(tl.int64) * tl.num_programs(1)
+    tokens = token_tile * TOKENS + tl.arange(0, TOKENS)
     vectors = column_tile * VECTORS + tl.arange(0, VECTORS)
     first_column = column_tile.to(tl.int64) * COLUMNS
     columns = tl.arange(0, COLUMNS)  # from the first one of the tile
@@ -196,19 +197,21 @@ def noisy_rows_kernel(
     inside = is_token[:, None] & (columns < tl.minimum(embedding_dim - first_column, COLUMNS).to(tl.int32))[None, :]
 
     # What is loaded comes first, so that all of it is under way before the noise is drawn.
-    row, m = _row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows)
+    source_row, m = _source_row_and_magnitude(input_ids, token_magnitude, magnitude, tokens, is_token, num_rows)
     if SYMMETRIC:
         others = tokens + num_tokens
-        other_row, other_m = _row_and_magnitude(input_ids, token_magnitude, magnitude, others, is_token, num_rows)
-    rows += first_column * column_stride
+        other_source_row, other_m = _source_row_and_magnitude(
+            input_ids, token_magnitude, magnitude, others, is_token, num_rows
+        )
+    source += first_column * column_stride
     offsets = columns.to(tl.int64)[None, :] * column_stride
-    w = tl.load((rows + row * row_stride)[:, None] + offsets, mask=inside)
+    w = tl.load((source + source_row * row_stride)[:, None] + offsets, mask=inside)
     if SYMMETRIC:
-        other_w = tl.load((rows + other_row * row_stride)[:, None] + offsets, mask=inside)
+        other_w = tl.load((source + other_source_row * row_stride)[:, None] + offsets, mask=inside)
 
     given_seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     seed = tl.load(seed, mask=seed.to(tl.int64) != 0, other=0) | given_seed
-    noise = _noise(first_token + tokens, vectors, seed, stream, dtype, NOISE)
+    noise = _noise(first_token + tokens, vectors, seed, stream, dtype, KIND)
     out += first_column
     _store_noisy((out + tokens * embedding_dim)[:, None] + columns[None, :], w, m, noise, inside)
     if SYMMETRIC:
@@ -217,7 +220,7 @@ def noisy_rows_kernel(
 
 @functools.lru_cache(maxsize=64)
 def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, int, int]:
-    """ROWS, VECTORS, the warps of a program, and the number of tiles in a row.
+    """TOKENS, VECTORS, the warps of a program, and the number of tiles in a row.
 
     It is the widest tile among those that leave the fewest threads without work.
     """
@@ -230,96 +233,66 @@ def _tile(embedding_dim: int, element_size: int) -> tuple[int, int, int, int]:
         vectors = min(widths, key=lambda width: -(-vectors_of_row // width) * width)
     tiles = -(-vectors_of_row // vectors)
     vectors_of_warp = TILE_VECTORS // NUM_WARPS
-    if ONE_ROW and vectors >= vectors_of_warp:
+    if ONE_TOKEN and vectors >= vectors_of_warp:
         return 1, vectors, vectors // vectors_of_warp, tiles
     return TILE_VECTORS // vectors, vectors, NUM_WARPS, tiles
 
 
 def _noisy_rows(
     out: Tensor,  # [..., D], contiguous
-    rows: Tensor,  # [num_rows, D]
+    source: Tensor,  # [num_rows, D]
     input_ids: Tensor | None,
     seed: Tensor,
     token_magnitude: Tensor | None,
     magnitude: float,
     stream: int,
     first_token: int,
-    noise: int,
-    symmetric: bool,
+    kind: int = UNIFORM,
+    symmetric: bool = False,
 ) -> Tensor:
-    num_rows, embedding_dim = rows.shape
+    num_rows, embedding_dim = source.shape
     num_tokens = num_rows if input_ids is None else input_ids.numel()
     if num_tokens == 0 or embedding_dim == 0:
         return out
     if num_rows == 0:
         return out.fill_(float("nan"))
-    seed, *halves = seed_arguments(seed, rows.device)
+    seed, *halves = seed_arguments(seed, source.device)
     tensors = (
         out,
-        rows,
+        source,
         None if input_ids is None else input_ids.contiguous(),
         seed,
         None if token_magnitude is None else token_magnitude.contiguous(),
     )
-    row_stride, column_stride = rows.stride()
-    columns_of_vector = 16 // rows.element_size()
+    row_stride, column_stride = source.stride()
+    columns_of_vector = 16 // source.element_size()
     is_aligned = (
         column_stride == 1
         and embedding_dim % columns_of_vector == 0
         and row_stride % columns_of_vector == 0
         and out.data_ptr() % 16 == 0
-        and rows.data_ptr() % 16 == 0
+        and source.data_ptr() % 16 == 0
     )
     unit = columns_of_vector if is_aligned else 1
-    rows_of_tile, vectors, num_warps, column_tiles = _tile(embedding_dim, rows.element_size())
+    tokens_of_tile, vectors, num_warps, column_tiles = _tile(embedding_dim, source.element_size())
     if symmetric:  # a thread has two vectors of either half
         num_tokens, num_warps = num_tokens // 2, num_warps * 2
     numbers = (
         *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
     )
-    constants = (unit, column_stride == 1, rows_of_tile, vectors, noise, symmetric)
-    launch_kernel(
-        noisy_rows_kernel,
-        tile_grid(num_tokens, rows_of_tile, column_tiles),
-        tensors,
-        numbers,
-        *constants,
-        num_warps=num_warps,
-        max_registers=MAX_REGISTERS if unit > 1 else None,
-    )
+    constants = (unit, column_stride == 1, tokens_of_tile, vectors, kind, symmetric)
+    grid, most = tile_grid(num_tokens, tokens_of_tile, column_tiles), MAX_REGISTERS if unit > 1 else None
+    launch_kernel(noisy_rows_kernel, grid, tensors, numbers, *constants, num_warps=num_warps, max_registers=most)
     return out
 
 
-def noisy_embedding(
-    input_ids: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    token_magnitude: Tensor | None,
-    magnitude: float,
-    stream: int,
-    first_token: int,
-    noise: int = UNIFORM,
-    symmetric: bool = False,
-) -> Tensor:
+def noisy_embedding(input_ids: Tensor, weight: Tensor, *noise: Any) -> Tensor:
     """See :func:`neft_kernels.ops.reference.noisy_embedding`. Rows of ids that are out of range become NaN."""
-    out = weight.new_empty((*input_ids.shape, weight.shape[1]))
-    return _noisy_rows(out, weight, input_ids, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
+    return _noisy_rows(weight.new_empty((*input_ids.shape, weight.shape[1])), weight, input_ids, *noise)
 
 
-def add_noise(
-    embeds: Tensor,
-    seed: Tensor,
-    token_magnitude: Tensor | None,
-    magnitude: float,
-    stream: int,
-    first_token: int,
-    noise: int = UNIFORM,
-    symmetric: bool = False,
-) -> Tensor:
+def add_noise(embeds: Tensor, *noise: Any) -> Tensor:
     """See :func:`neft_kernels.ops.reference.add_noise`."""
     out = embeds.new_empty(embeds.shape)
-    if out.numel() == 0:
-        return out
-    rows = embeds.reshape(-1, embeds.shape[-1])
-    return _noisy_rows(out, rows, None, seed, token_magnitude, magnitude, stream, first_token, noise, symmetric)
+    return _noisy_rows(out, embeds.reshape(-1, embeds.shape[-1]), None, *noise) if out.numel() else out

@@ -95,7 +95,8 @@ def ddp_trains_as_one_process():
     for options in ({}, SYMMETRIC):
         reference, model = llama(), llama()
         losses = trained_by_one_process(reference, **options)
-        wrapped = DistributedDataParallel(replace_embeddings(model, **options))
+        # The Trainer looks for unused parameters.
+        wrapped = DistributedDataParallel(replace_embeddings(model, **options), find_unused_parameters=bool(options))
         assert trained(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=1e-2)) == losses
         assert_equal_weights(model.state_dict(), reference)
         assert losses[-1] < losses[0]

@@ -140,7 +140,7 @@ class Case:
     weight: torch.Tensor  # [V, D]
     ids: torch.Tensor  # [...]
     magnitude: float | torch.Tensor
-    noise: dict[str, int | str]  # seed, stream, first_token, noise
+    noise: dict[str, int | str | bool]  # seed, stream, first_token, noise, symmetric
     embeds: torch.Tensor  # [..., D], what the table holds at the ids, laid out anew
 
     @property
@@ -170,6 +170,7 @@ def cases(draw, max_elements=MAX_ELEMENTS, dtypes=DTYPES):
     ids = draw(laid_out(torch.from_numpy(np.asarray(ids)).to(draw(st.sampled_from(ID_DTYPES)))))
     noise = {"seed": draw(seeds), "stream": draw(streams), "first_token": draw(first_tokens)}
     noise["noise"] = draw(st.sampled_from(("uniform", "sign", "gaussian")))
+    noise["symmetric"] = draw(st.booleans()) and ids.numel() % 2 == 0
     name = str(weight.dtype).removeprefix("torch.")
     rows = to_storage_array(weight, name)[ids.to(torch.int64).numpy()]
     embeds = draw(laid_out(to_tensor(rows, name)))

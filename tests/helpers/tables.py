@@ -17,10 +17,11 @@ class Scaled(nn.Embedding):
 
 
 class Wrapped(nn.Module):
-    """Like an adapter's layer around a table."""
+    """Like an adapter's layer around a table, which keeps the table as it was before."""
 
     def __init__(self):
         super().__init__()
+        self.original = nn.Embedding(VOCABULARY, WIDTH)  # not looked up
         self.base = nn.Embedding(VOCABULARY, WIDTH)
 
     def forward(self, input):

@@ -17,7 +17,7 @@ class ReachedEmbeddings:
     """Whether the model's forward passes in training reach a noisy embedding at all."""
 
     def __init__(self) -> None:
-        self.missed = False  # of the last pass that had to reach one
+        self.missed = False  # the last pass that had to reach one did not
         self._reached, self._reached_in_graph = 0, False  # a compiled graph cannot count
         self._before: dict[int, int | None] = {}  # by thread: `_reached` when a pass began that must reach one
 
@@ -48,12 +48,12 @@ class ModelNoise:
         ValueError: alpha is above 1, although `scale_by` makes it the ratio of the noise to the embeddings.
     """
 
-    def __init__(self, options: NoiseOptions, alpha: AlphaSchedule, is_shared: bool = False) -> None:
+    def __init__(self, options: NoiseOptions, alpha: AlphaSchedule, for_whole_model: bool = False) -> None:
         if options.scale_by == "rms":
             alpha.limit(1.0)
         self.options, self.alpha = options, alpha
         #: True if shared by all embeddings of a model; False if it belongs to one embedding that was built noisy.
-        self.is_shared = is_shared
+        self.for_whole_model = for_whole_model
         self.paused = 0  # number of no_noise() contexts that are active
         self.passes, self.reached = PassStack(), ReachedEmbeddings()
         self.warning = ""  # what is wrong with the model, for `describe`
@@ -93,12 +93,12 @@ class ModelNoise:
 
         When the whole model is copied, the hooks around its embeddings call :meth:`own_copy` first.
         """
-        return self if self.is_shared else self.own_copy(memo)
+        return self if self.for_whole_model else self.own_copy(memo)
 
     def own_copy(self, memo: dict[int, Any]) -> "ModelNoise":
         """A copy for the twin of the model. The deepcopy under way uses it for all that it has yet to copy."""
         if id(self) not in memo:
-            twin = memo[id(self)] = ModelNoise(self.options, self.alpha.copy(), self.is_shared)
+            twin = memo[id(self)] = ModelNoise(self.options, self.alpha.copy(), self.for_whole_model)
             twin.pause(self.paused)
         return memo[id(self)]
 
