@@ -98,6 +98,19 @@ def test_rows_without_tokens_are_zero_whatever_memory_held(megabytes, poisoned_m
         got.fill_(float("nan"))
 
 
+def test_rows_without_tokens_are_zero_in_memory_that_has_its_pages():
+    """glibc takes even a large tensor from freed memory, where blocks that it does not map one by one lay side by side."""
+    torch.empty(31 << 20, dtype=torch.uint8)  # after this was freed, glibc maps no block of up to its size by itself
+    blocks = [torch.full((24 << 18,), float("nan")) for _ in range(12)]
+    above = torch.full((24 << 18,), float("nan"))  # keeps glibc from returning the memory below to the OS
+    del blocks
+    num_embeddings = (40 << 20) // 4 // 1023
+    ids, grad = torch.tensor([2, 5, num_embeddings - 2, 5]), torch.randn(4, 1023)
+    got = embedding_grad(grad, ids, num_embeddings, -1, False)
+    assert equal_bits(got, expected_embedding_grad(grad, ids, num_embeddings))
+    assert above.isnan().all()
+
+
 def test_strides():
     ids, grad = torch.randint(9, (6, 8)), torch.randn(6, 8, 20)
     want = expected_embedding_grad(grad, ids, 9)

@@ -55,7 +55,12 @@ def test_a_call_is_one_launch_and_with_masks_two(device):
     mask, positions = torch.ones_like(ids), torch.arange(16, device="cuda").expand(4, 16).contiguous()
     for _ in range(8):  # what `describe` reports is measured after 1, 2, 4, 8 ... batches
         module(ids)
-    for sequences in ({}, {"attention_mask": mask}, {"position_ids": positions}):
+    masked = (
+        {"attention_mask": mask},
+        {"position_ids": positions},
+        {"attention_mask": mask, "position_ids": positions},
+    )
+    for sequences in ({}, *masked):
         module(ids, **sequences)
         with Kernels(device) as kernels:
             noisy = module(ids, **sequences)

@@ -3,6 +3,7 @@
 // Each sum is computed in fp64, in the order of the tokens, and rounded once. It therefore does not depend on the number of
 // threads, nor on how they share the work.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../registration.h"
@@ -47,12 +48,21 @@ TokensById sort_by_id(const Tensor& input_ids, int64_t num_embeddings, int64_t p
   return sorted;
 }
 
-// Rows of large outputs to which nothing is added are not written, see fresh_pages.h.
+// Rows of large outputs to which nothing is added are not written, see fresh_pages.h. To write zeros is faster where the memory
+// has its pages already.
 Tensor zeros_like_rows_of(const Tensor& grad, int64_t num_rows, int64_t num_columns, int64_t size) {
-  if (num_rows * num_columns * size >= kAlwaysFresh) {
+  const int64_t bytes = num_rows * num_columns * size;
+  if (bytes >= kAlwaysFresh) {
     Tensor out = torch::stable::new_empty(grad, {num_rows, num_columns});
-    prefer_huge_pages(out.mutable_data_ptr(), num_rows * num_columns * size);
-    if (zero_without_writing(out.mutable_data_ptr(), num_rows * num_columns * size)) return out;
+    auto* data = static_cast<char*>(out.mutable_data_ptr());
+    if (has_pages(data, bytes)) {
+      constexpr int64_t kBytesPerThread = int64_t{1} << 20;
+      torch::stable::parallel_for(0, bytes, kBytesPerThread,
+                                  [&](int64_t first, int64_t last) { std::memset(data + first, 0, last - first); });
+      return out;
+    }
+    prefer_huge_pages(data, bytes);
+    if (zero_without_writing(data, bytes)) return out;
   }
   return torch::stable::new_zeros(grad, {num_rows, num_columns});
 }

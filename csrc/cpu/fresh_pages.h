@@ -43,6 +43,22 @@ inline bool discarded_pages_are_zeros() {
 }
 #endif
 
+// Whether `data` has pages already, because malloc took it from a large block that was freed. Some pages of it are asked.
+inline bool has_pages(const void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kSamples = 16;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  for (int64_t sample = 1; sample <= kSamples; ++sample) {
+    const auto address = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes / (kSamples + 1) * sample);
+    unsigned char is_resident = 0;
+    if (mincore(reinterpret_cast<void*>(address & ~(page - 1)), page, &is_resident) != 0 || !(is_resident & 1)) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 // Sets `data`, newly allocated by malloc, to zeros without writing them: its pages are returned to the OS, which maps zeros
 // when they are touched next. Does nothing and returns false where that is not possible or not faster.
 inline bool zero_without_writing(void* data, int64_t bytes) {

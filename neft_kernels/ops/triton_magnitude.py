@@ -240,19 +240,25 @@ def _by_masked_position(mask, positions, begin, length, TILE: tl.constexpr, STEP
     inside = token < length
     known = _load_known(mask, positions, token, inside)
     present = known != _NONE
-    position_before = _position_before(mask, positions, begin, STEP)
+    # The rest of the row does not count for a tile of nothing but padding.
+    is_padding = tl.max(present.to(tl.int32), 0) == 0
+    begin_of_rest = tl.where(is_padding, 0, begin)
+    end_of_rest = tl.where(is_padding, 0, length)
+    position_before = _position_before(mask, positions, begin_of_rest, STEP)
     nearest = tl.associative_scan(_load_known(mask, positions, token - 1, inside & (token > begin)), 0, _last_known)
     before = tl.where(nearest == _NONE, position_before, nearest)
     begins = (token == 0) | _is_begin(known, before)
     continues = tl.sum((begins & (token == begin)).to(tl.int32), 0) == 0
     tokens_before = 0
     if continues:
-        tokens_before = _masked_tokens_before(mask, positions, begin, STEP)
+        tokens_before = _masked_tokens_before(mask, positions, begin_of_rest, STEP)
     latest = tl.where(present, known, before)
     is_last = token == tl.minimum(begin + TILE, length) - 1
     is_tail = (length > 1) & (tl.sum((is_last & present & begins).to(tl.int32), 0) > 0)
     position_at_end = tl.max(tl.where(is_last, latest, _NONE), 0)
-    tokens_after, is_tail = _masked_tokens_after(mask, positions, begin + TILE, length, position_at_end, is_tail, STEP)
+    tokens_after, is_tail = _masked_tokens_after(
+        mask, positions, begin + TILE, end_of_rest, position_at_end, is_tail, STEP
+    )
 
     counted = tl.cumsum(present.to(tl.int32), 0)
     in_tile = tl.sum(present.to(tl.int32), 0)
