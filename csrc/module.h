@@ -5,7 +5,7 @@
 namespace neft {
 
 // Counts the changes of the kernels' signatures. neft_kernels/ops/native.py uses only extensions of its own number.
-constexpr long kInterface = 1;
+constexpr long kInterface = 2;
 
 inline PyObject* create_module(PyModuleDef* definition) {
   PyObject* module = PyModule_Create(definition);

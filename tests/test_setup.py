@@ -224,8 +224,8 @@ def test_the_number_of_the_interface_changes_with_the_schemas():
     kind = "int noise=0, bool symmetric=False"
     gradient = "int padding_idx=-1, bool scale_grad_by_freq=False, bool sparse=False"
     assert (native.INTERFACE, int(in_cpp[1]), registration._SCHEMAS) == (
-        1,
-        1,
+        2,
+        2,
         {
             "noisy_embedding": f"(Tensor input_ids, Tensor weight, {noise}, {gradient}, {kind}) -> Tensor",
             "add_noise": f"(Tensor embeds, {noise}, {kind}) -> Tensor",
