@@ -18,7 +18,7 @@ NAMESPACE = (__package__ or "").partition(".")[0]
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 NOT_BUILT = "the extension was not built"
-#: Counts the changes of the kernels' signatures, and of what they expect: raise it, and `kInterface` of csrc/module.h, with a schema of
+#: Counts the changes of what the kernels are given: raise it, and `kInterface` of csrc/module.h, with a schema of
 #: registration.py.
 INTERFACE = 2
 
