@@ -18,7 +18,8 @@ from experiments.effect import training as effect_training
 from experiments.effect.data import InputError, QuestionAnswer, instruction_pairs, library_sources, without_docstrings
 from experiments.effect.plan import HOOK, OURS, PACKED, PADDED, PRESETS, RMS, Pretrained, Run, runs
 from experiments.effect.prepare import prepare
-from experiments.effect.training import document_lengths, fine_tune
+from experiments.effect.probe import document_lengths
+from experiments.effect.training import fine_tune
 
 pytestmark = pytest.mark.xdist_group("effect")  # shares `prepared` and `tuned`
 

@@ -46,6 +46,8 @@ class NoiseOptions:
         check_choice("scale_by", self.scale_by, SCALES)
         check_choice("noise_on", self.noise_on, NOISE_ON)
         check_choice("noise", self.noise, NOISE_KINDS)
+        if isinstance(self.stream, bool):  # which the ops take for a number
+            raise TypeError("stream must be an int or None, not bool")
         if self.stream is not None:
             check_counters(self.stream, 0)
         if self.backend is not None:

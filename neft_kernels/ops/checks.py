@@ -126,7 +126,7 @@ def check_seed(seed: int | Tensor, device: torch.device) -> Tensor:
 def check_counters(stream: int, first_token: int) -> None:
     """`stream` and `first_token` are integers that fit into the generator's counter."""
     for name, value in (("stream", stream), ("first_token", first_token)):
-        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        if not isinstance(value, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"stream must be in [0, 2**32), not {stream}")
