@@ -40,12 +40,12 @@ test-suite: $(INSTALLED)  ## of the architectures of transformers a sample; Trit
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL)
 
 CAPABILITY ?= 90
-EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py backends.py choice.py noise_kinds.py symmetric_ops.py \
-	symmetric_gradients.py magnitude.py ops.py errors.py properties.py)
+EMULATED_TESTS := $(addprefix tests/test_,compiled_triton.py triton_launch.py backends.py choice.py noise_kinds.py \
+	symmetric_ops.py symmetric_gradients.py magnitude.py ops.py errors.py properties.py)
 
 test-emulated: $(INSTALLED)  ## Triton's kernels as compiled for GPUs of CAPABILITY (80, 90, 100, 120), on the emulated GPU
 	NEFT_KERNELS_TEST_GPU=$(CAPABILITY) $(BIN)/python -m pytest --need-extension $(IN_PARALLEL) -k "triton or test_gpu or stand_in" \
-		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_programs.py tests/test_stand_in.py
+		$(EMULATED_TESTS) tests/test_gpu.py tests/test_gpu_seed.py tests/test_gpu_programs.py tests/test_stand_in.py
 
 test-all: $(INSTALLED)  ## the test suite with every architecture
 	$(BIN)/python -m pytest --need-extension $(IN_PARALLEL) --all-architectures
@@ -119,7 +119,7 @@ bench: $(INSTALLED)  ## CPU benchmarks against F.embedding and the Hugging Face 
 GPU_PYTHON ?= $(ANY_PYTHON)
 GPU_TESTS := $(addprefix tests/test_,backends.py choice.py contract.py ops.py autograd.py magnitude.py modules.py errors.py \
 	rearrangement.py passes.py caches.py strength.py rms.py checkpointing.py first_passes.py huggingface.py lookups.py copies.py \
-	cuda_sources.py gpu.py)
+	cuda_sources.py gpu.py gpu_seed.py)
 
 GPU_BUILD ?= 1
 

@@ -29,7 +29,11 @@ def pytest_addoption(parser):
 
 
 # Each of these needs what a machine may lack without anything being wrong with it.
-collect_ignore = [] if EMULATED_GPU else ["test_compiled_triton.py", "test_gpu_programs.py", "test_stand_in.py"]
+collect_ignore = (
+    []
+    if EMULATED_GPU
+    else ["test_compiled_triton.py", "test_triton_launch.py", "test_gpu_programs.py", "test_stand_in.py"]
+)
 if shutil.which("nvcc") is None:
     collect_ignore.append("test_compiled_cuda.py")
 

@@ -31,9 +31,6 @@ def device(stand_in):
     return stand_in
 
 
-# --- launches --------------------------------------------------------------------------------------------------------
-
-
 class Kernels(TorchFunctionMode):
     """The torch functions that launch a kernel: they return memory of the device that was not there and is written."""
 
@@ -280,16 +277,10 @@ def test_the_program_for_the_sanitizer(monkeypatch, capsys):
 
 
 def test_the_makefile_names_files_that_there_are():
-    shown = subprocess.run(
-        ["make", "-n", "gpu", "GPU_PYTHON=python3", "GPU_BENCH=--quick"],
-        cwd=ROOT,
-        env={
-            name: value for name, value in os.environ.items() if not name.startswith("MAKE")
-        },  # of the make around this
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.replace("\\\n", " ")
+    of_no_make = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "-n", "gpu", "GPU_PYTHON=python3", "GPU_BENCH=--quick"]
+    shown = subprocess.run(command, cwd=ROOT, env=of_no_make, capture_output=True, text=True, check=True).stdout
+    shown = shown.replace("\\\n", " ")
     commands = [shlex.split(line) for line in shown.splitlines()]
     files = [word for command in commands for word in command if word.endswith((".py", ".jsonl"))]
     modules = [
