@@ -277,6 +277,7 @@ def _noisy_rows(
     tokens_of_tile, vectors, num_warps, column_tiles = _tile(embedding_dim, source.element_size())
     if symmetric:  # a thread has two vectors of either half
         num_tokens, num_warps = num_tokens // 2, num_warps * 2
+    stream, first_token = int(stream), int(first_token)  # Triton compiles other code for booleans
     numbers = (
         *(*halves, magnitude, stream, first_token, num_tokens, num_rows),
         *(embedding_dim // unit, row_stride // unit, column_stride),
