@@ -160,3 +160,23 @@ def test_an_output_may_have_a_part_without_influence_in_the_loss():
     output = model(**batch())
     (output.loss + 0 * output.logits.sum()).backward()
     assert model.get_input_embeddings().weight.grad.any()
+
+
+class Summed(nn.Module):
+    """Returns log-probabilities that the caller sums up, as models do for TRL's SFTTrainer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 8)
+
+    def forward(self, input_ids, labels):
+        self.of_both = self.table(input_ids).sum(-1)
+        return {"log_probs": self.of_both}
+
+
+def test_log_probabilities_are_the_mean_over_both_halves():
+    model = replace_embeddings(Summed(), symmetric=True).train()
+    log_probs = model(IDS, labels=IDS)["log_probs"]
+    first, second = model.of_both.chunk(2)
+    assert not torch.equal(first, second)
+    assert torch.equal(log_probs, (first + second) / 2)
